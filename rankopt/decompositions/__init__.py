@@ -1,0 +1,35 @@
+"""The table of methods: name → `Decomposition`. A package adds one by the entry point ``rankopt.decompositions``."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import entry_points
+
+from rankopt.decompositions.cp import Cp
+from rankopt.decompositions.decomposition import Decomposition
+from rankopt.decompositions.spatial_svd import SpatialSvd
+from rankopt.decompositions.svd import Svd, SvdIn
+from rankopt.decompositions.tensor_ring import TensorRing
+from rankopt.decompositions.tensor_train import TensorTrain
+from rankopt.decompositions.tucker import Tucker
+from rankopt.decompositions.tucker2 import Tucker2
+from rankopt.errors import LayerError
+
+_OWN: tuple[type[Decomposition], ...] = (Svd, SvdIn, SpatialSvd, Tucker2, Tucker, Cp, TensorTrain, TensorRing)
+
+
+@cache
+def table() -> dict[str, Decomposition]:
+    """All methods by name, the project's own first. ``dense`` is not among them: it is the absence of one."""
+    methods = {cls.name: cls() for cls in _OWN}
+    for entry in entry_points(group="rankopt.decompositions"):
+        methods.setdefault(entry.name, entry.load()())
+    return methods
+
+
+def method(name: str) -> Decomposition:
+    """Look a method up; raises `LayerError` that lists the known ones."""
+    try:
+        return table()[name]
+    except KeyError:
+        raise LayerError(f"unknown decomposition {name!r}; known: dense, {', '.join(table())}") from None

@@ -1,0 +1,1 @@
+"""Modules that a Sequential of plain layers can't express."""

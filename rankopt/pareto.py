@@ -1,0 +1,55 @@
+"""Fronts of points that are all to be minimized: `front`, `hypervolume`, `knee`. NumPy arrays in and out."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def front(points: ArrayLike) -> NDArray[np.intp]:
+    """Indices of the non-dominated rows of `points` (n, m), sorted by the first column; of equal rows only the first.
+
+    Rows that hold NaN are never on the front.
+    """
+    x = np.asarray(points, dtype=float)
+    if x.size == 0:
+        return np.zeros(0, dtype=np.intp)
+    order = np.lexsort(x.T[::-1])  # a row can only be dominated by one before it
+    kept: list[int] = []
+    for i in order:
+        if np.isnan(x[i]).any():
+            continue
+        if not kept or not (x[kept] <= x[i]).all(axis=1).any():
+            kept.append(int(i))
+    return np.array(kept, dtype=np.intp)
+
+
+def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
+    """The volume that `points` (n, m) dominate below `reference` (m,)."""
+    x, ref = np.asarray(points, dtype=float), np.asarray(reference, dtype=float)
+    if x.size == 0:
+        return 0.0
+    x = x[(x < ref).all(axis=1)]
+    x = x[front(x)]
+    if len(x) == 0:
+        return 0.0
+    if x.shape[1] == 1:
+        return float(ref[0] - x[:, 0].min())
+    if x.shape[1] == 2:
+        steps = np.append(x[1:, 0], ref[0]) - x[:, 0]
+        return float((steps * (ref[1] - x[:, 1])).sum())
+    # slice along the first objective: each slab is as wide as the step to the next point
+    edges = np.append(x[1:, 0], ref[0]) - x[:, 0]
+    return float(sum(w * hypervolume(x[: i + 1, 1:], ref[1:]) for i, w in enumerate(edges) if w > 0))
+
+
+def knee(points: ArrayLike) -> int:
+    """Index of the front point farthest below the line between the front's ends (after scaling to the unit box)."""
+    x = np.asarray(points, dtype=float)
+    indices = front(x)
+    if len(indices) == 0:
+        raise ValueError("knee needs at least one point without NaN")
+    y = x[indices]
+    span = np.ptp(y, axis=0)
+    y = (y - y.min(axis=0)) / np.where(span > 0, span, 1.0)
+    return int(indices[np.argmin(y.sum(axis=1))])

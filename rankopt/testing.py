@@ -1,0 +1,461 @@
+"""Contract tests for methods, shipped for packages that add one. Needs pytest, hypothesis and ultralytics-thop.
+
+A whole test file for a method of your own::
+
+    from rankopt.testing import DecompositionContract
+    from mypackage import Butterfly
+
+
+    class TestButterfly(DecompositionContract):
+        method = Butterfly()   # or the name of a registered method
+
+
+The contract, for every layer that `why_not` lets in and at any rank: the built module computes what the original class
+holding `reconstruct(stage_weights)` computes, gradients included; an exact method at full rank gives back the original;
+`params` and `macs` are what counters find in the built module; `skeleton` is the built module without its values.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from rankopt.decompositions import method as method_named
+from rankopt.decompositions.decomposition import Decomposition
+from rankopt.decompositions.metric import Metric
+from rankopt.errors import LayerError
+from rankopt.layer_spec import LayerSpec, group_weight, ungroup_weight
+from rankopt.layers import find_layers
+
+LAYER_NAME = "stem"
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A layer to try a method on, and the shape of an input for it."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+
+
+GEOMETRIES = tuple(
+    Geometry(name, make, shape)
+    for name, make, shape in [
+        ("linear", lambda: nn.Linear(7, 5), (3, 7)),
+        ("linear of three dimensions, no bias", lambda: nn.Linear(4, 9, bias=False), (2, 3, 4)),
+        ("conv1d", lambda: nn.Conv1d(6, 8, 5, stride=2, padding=2), (2, 6, 11)),
+        (
+            "conv1d even, dilated, groups, replicate",
+            lambda: nn.Conv1d(6, 4, 4, dilation=2, groups=2, padding=3, padding_mode="replicate"),
+            (2, 6, 12),
+        ),
+        ("conv2d", lambda: nn.Conv2d(6, 8, 3, padding=1), (2, 6, 7, 6)),
+        (
+            "conv2d stride (2, 1), groups, reflect",
+            lambda: nn.Conv2d(6, 4, 3, stride=(2, 1), padding=(2, 1), groups=2, padding_mode="reflect"),
+            (2, 6, 8, 7),
+        ),
+        (
+            "conv2d dilated, circular, no bias",
+            lambda: nn.Conv2d(4, 5, (3, 2), dilation=2, padding=(2, 1), padding_mode="circular", bias=False),
+            (2, 4, 6, 7),
+        ),
+        ("conv2d same, even", lambda: nn.Conv2d(4, 6, (2, 4), padding="same", dilation=(1, 2)), (2, 4, 6, 7)),
+        (
+            "conv2d same, replicate",
+            lambda: nn.Conv2d(4, 6, (3, 2), padding="same", padding_mode="replicate"),
+            (2, 4, 6, 7),
+        ),
+        ("conv2d 1×1 stride 2", lambda: nn.Conv2d(5, 6, 1, stride=2), (2, 5, 6, 5)),
+        ("conv2d 1×7", lambda: nn.Conv2d(4, 6, (1, 7), stride=(2, 1), padding=(1, 3)), (2, 4, 5, 8)),
+        ("conv2d 7×1 groups", lambda: nn.Conv2d(4, 6, (7, 1), stride=(1, 2), padding=(3, 0), groups=2), (2, 4, 8, 5)),
+        ("conv2d one input", lambda: nn.Conv2d(1, 5, 3), (2, 1, 6, 6)),
+        ("conv2d depthwise", lambda: nn.Conv2d(4, 4, 3, stride=2, padding=1, groups=4), (2, 4, 7, 6)),
+        ("conv2d depthwise, two outputs each", lambda: nn.Conv2d(3, 6, (3, 5), padding=2, groups=3), (2, 3, 6, 6)),
+        ("conv3d", lambda: nn.Conv3d(4, 3, (2, 3, 2), stride=(1, 2, 1), padding=1, groups=1), (2, 4, 4, 5, 4)),
+        (
+            "conv3d flat in one dimension, circular",
+            lambda: nn.Conv3d(4, 4, (1, 3, 2), stride=(2, 1, 1), padding=(0, 1, 1), padding_mode="circular", groups=2),
+            (1, 4, 4, 4, 4),
+        ),
+        (
+            "conv_transpose1d output padding",
+            lambda: nn.ConvTranspose1d(6, 4, 4, stride=3, padding=1, output_padding=2),
+            (2, 6, 5),
+        ),
+        (
+            "conv_transpose2d groups, output padding",
+            lambda: nn.ConvTranspose2d(4, 6, (3, 4), stride=(2, 1), padding=1, output_padding=(1, 0), groups=2),
+            (2, 4, 4, 5),
+        ),
+        (
+            "conv_transpose2d 1×3 dilated",
+            lambda: nn.ConvTranspose2d(4, 3, (1, 3), stride=2, dilation=(1, 2), output_padding=1, bias=False),
+            (2, 4, 3, 4),
+        ),
+        ("conv_transpose2d depthwise", lambda: nn.ConvTranspose2d(3, 6, 3, stride=2, groups=3), (2, 3, 4, 3)),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer with what a method has prepared for it, in double precision."""
+
+    module: nn.Module
+    layer: LayerSpec
+    weight: Tensor
+    metric: Metric
+    input: Tensor
+    factors: Any
+
+
+def correlated_metric(layer: LayerSpec, seed: int = 0, samples: int = 400) -> Metric:
+    """Second moments of strongly correlated random patches and output gradients, as a trained layer would see them."""
+    generator = torch.Generator().manual_seed(seed)
+    g, o, i, *k = layer.group_shape
+
+    def moment(size: int) -> Tensor:
+        mix = torch.randn(g, size, size, generator=generator, dtype=torch.float64)
+        scale = torch.arange(1, size + 1, dtype=torch.float64) ** -1.0
+        data = (mix * scale) @ torch.randn(g, size, samples, generator=generator, dtype=torch.float64)
+        return data @ data.mT / samples
+
+    return Metric(patch=moment(i * math.prod(k)), gradient=moment(o))
+
+
+def prepare(decomposition: Decomposition, geometry: Geometry, with_data: bool = True) -> Case:
+    """Build the layer and, where the method fits, factorize it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(len(geometry.name))
+        module = geometry.make().double()
+        x = torch.randn(geometry.shape, dtype=torch.float64)
+    layer = specify(module, x)
+    weight = group_weight(layer, _weight(module))
+    metric = correlated_metric(layer) if with_data else Metric()
+    factors = None if decomposition.why_not(layer) else decomposition.factorize(layer, weight, metric)
+    return Case(module, layer, weight, metric, x, factors)
+
+
+def specify(module: nn.Module, x: Tensor) -> LayerSpec:
+    """The `LayerSpec` of one module, under the name `LAYER_NAME`."""
+    (layer,) = find_layers(nn.Sequential(OrderedDict([(LAYER_NAME, module)])), x)
+    return layer
+
+
+def dense_twin(case: Case, decomposition: Decomposition, weights: list[Tensor]) -> nn.Module:
+    """The original class, holding the weight that the stage weights stand for."""
+    twin = copy.deepcopy(case.module)
+    twin.weight = nn.Parameter(ungroup_weight(case.layer, decomposition.reconstruct(case.layer, weights)).clone())
+    return twin
+
+
+def some_ranks(decomposition: Decomposition, layer: LayerSpec) -> list[dict[str, int]]:
+    """All ones, full, halves, and each rank at one with the others full."""
+    full = decomposition.rank_bounds(layer)
+    ranks = [dict.fromkeys(full, 1), full, {n: (b + 1) // 2 for n, b in full.items()}]
+    ranks += [{**full, name: 1} for name in full] if len(full) > 1 else []
+    return [r for n, r in enumerate(ranks) if r not in ranks[:n]]
+
+
+def counted_macs(module: nn.Module, x: Tensor) -> tuple[int, int]:
+    """MACs by thop and by torch's own counter."""
+    import thop
+
+    module = copy.deepcopy(module).eval()
+    macs, _ = thop.profile(copy.deepcopy(module), inputs=(x,), verbose=False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(x)
+    return int(macs), counter.get_total_flops() // 2
+
+
+class DecompositionContract:
+    """Subclass it with `method` set to a name or an instance; pytest collects the subclass if it is named Test…."""
+
+    method: str | Decomposition
+
+    @property
+    def decomposition(self) -> Decomposition:
+        """The method under test."""
+        return method_named(self.method) if isinstance(self.method, str) else self.method
+
+    @pytest.fixture(autouse=True)
+    def _quiet(self) -> Iterator[None]:
+        with warnings.catch_warnings():
+            # torch says that an even kernel with padding "same" makes a copy.
+            warnings.filterwarnings("ignore", message="Using padding='same'")
+            yield
+
+    def test_name_and_fit(self) -> None:
+        """The method fits some of the geometries, and says on one line why not the others."""
+        cases = [_case(self.decomposition, geometry) for geometry in GEOMETRIES]
+        reasons = [self.decomposition.why_not(case.layer) for case in cases]
+        assert self.decomposition.name.isidentifier()
+        assert None in reasons
+        for case, reason in zip(cases, reasons, strict=True):
+            if reason is not None:
+                assert reason.strip()
+                assert "\n" not in reason
+                with pytest.raises(LayerError, match=LAYER_NAME):
+                    self.decomposition.check(case.layer, {})
+
+    @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: g.name)
+    def test_computes_what_the_dense_layer_computes(self, geometry: Geometry) -> None:
+        """Outputs and input gradients, at several ranks; gradients reach every parameter."""
+        case, d = _case(self.decomposition, geometry), self.decomposition
+        for ranks, weights in _solved(d, geometry):
+            built = d.build(case.layer, weights, case.module.bias)  # type: ignore[arg-type]
+            _assert_same(built, dense_twin(case, d, weights), case.input, 1e-9)
+            for name, parameter in built.named_parameters():
+                assert parameter.grad is not None, f"{ranks}: no gradient reaches {name}"
+                assert torch.isfinite(parameter.grad).all(), f"{ranks}: {name}"
+                assert parameter.grad.abs().sum() > 0, f"{ranks}: the gradient of {name} is zero"
+
+    @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: g.name)
+    def test_costs_are_what_counters_find(self, geometry: Geometry) -> None:
+        """`params` and `macs` against the built module, thop and torch's FlopCounterMode; arrays of ranks too."""
+        case, d = _case(self.decomposition, geometry), self.decomposition
+        solved = _solved(d, geometry)
+        for ranks, weights in solved:
+            built = d.build(case.layer, weights, case.module.bias).float()  # type: ignore[arg-type]
+            assert d.params(case.layer, ranks) == sum(p.numel() for p in built.parameters())
+            by_thop, by_torch = counted_macs(built, case.input.float())
+            assert by_thop == by_torch
+            assert d.macs(case.layer, ranks) == by_thop
+        if solved:
+            stacked = {n: np.array([r[n] for r, _ in solved], dtype=np.int32) for n in solved[0][0]}
+            for cost in (d.params, d.macs):
+                assert cost(case.layer, stacked).tolist() == [cost(case.layer, r) for r, _ in solved]
+
+    @pytest.mark.parametrize("with_data", [False, True], ids=["plain", "whitened"])
+    @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: g.name)
+    def test_full_rank_gives_back_the_original(self, geometry: Geometry, with_data: bool) -> None:
+        """Only for methods that call themselves exact."""
+        case, d = _case(self.decomposition, geometry, with_data), self.decomposition
+        if case.factors is None or not d.exact:
+            return
+        full = d.rank_bounds(case.layer)
+        weights = d.stage_weights(case.layer, case.factors, full)
+        torch.testing.assert_close(d.reconstruct(case.layer, weights), case.weight, rtol=1e-6, atol=1e-6)
+        built = d.build(case.layer, weights, case.module.bias)  # type: ignore[arg-type]
+        _assert_same(built, case.module, case.input, 1e-5)
+
+    @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: g.name)
+    def test_ranks_and_skeleton(self, geometry: Geometry) -> None:
+        """`ranks_of` undoes `stage_weights`; `stage_shapes` and `skeleton` match; the module owns its weights."""
+        case, d = _case(self.decomposition, geometry), self.decomposition
+        for ranks, weights in _solved(d, geometry):
+            d.check(case.layer, ranks)
+            assert tuple(d.rank_bounds(case.layer)) == d.rank_names(case.layer)
+            assert d.ranks_of(case.layer, weights) == ranks
+            assert [tuple(w.shape) for w in weights] == d.stage_shapes(case.layer, ranks)
+            built = d.build(case.layer, weights, case.module.bias)  # type: ignore[arg-type]
+            blank = d.skeleton(case.layer, ranks, torch.float64, "cpu")
+            state = built.state_dict()
+            assert {n: t.shape for n, t in blank.state_dict().items()} == {n: t.shape for n, t in state.items()}
+            blank.load_state_dict(state)
+            torch.testing.assert_close(blank(case.input), built(case.input), rtol=0, atol=0)
+            before = [w.clone() for w in weights]
+            with torch.no_grad():
+                for parameter in built.parameters():
+                    parameter.zero_()
+            assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
+
+    @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: g.name)
+    def test_bad_ranks_are_refused(self, geometry: Geometry) -> None:
+        """With the layer's name."""
+        case, d = _case(self.decomposition, geometry), self.decomposition
+        if case.factors is None:
+            return
+        full: dict[str, Any] = d.rank_bounds(case.layer)
+        first = next(iter(full))
+        bad = [{**full, first: value} for value in (0, -1, full[first] + 1, 1.5, True, "1", None)]
+        for ranks in [*bad, {}, {**full, "rank_x": 1}, {n: b for n, b in full.items() if n != first}]:
+            with pytest.raises(LayerError, match=LAYER_NAME):
+                d.check(case.layer, ranks)
+
+    @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: g.name)
+    def test_lost_orders_ranks(self, geometry: Geometry) -> None:
+        """Shares between 0 and 1 that never grow with a rank, the same for arrays; zero at full rank when exact."""
+        case, d = _case(self.decomposition, geometry), self.decomposition
+        if case.factors is None:
+            return
+        full = d.rank_bounds(case.layer)
+        for name, bound in full.items():
+            grid = {n: np.full(bound, (b + 1) // 2) for n, b in full.items()} | {name: np.arange(1, bound + 1)}
+            lost = d.lost(case.factors, grid)
+            assert lost.shape == (bound,)
+            assert (lost >= 0).all()
+            assert (lost <= 1).all()
+            assert (np.diff(lost) <= 1e-9).all()
+            one = d.lost(case.factors, {n: int(v[-1]) for n, v in grid.items()})
+            assert float(one) == pytest.approx(float(lost[-1]), abs=1e-12)
+        if d.exact:
+            assert float(d.lost(case.factors, full)) == pytest.approx(0, abs=1e-9)
+
+    @pytest.mark.parametrize("with_data", [False, True], ids=["plain", "whitened"])
+    @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: g.name)
+    def test_polish_never_hurts(self, geometry: Geometry, with_data: bool) -> None:
+        """Only the last stage changes, and the error falls or stays."""
+        case, d = _case(self.decomposition, geometry, with_data), self.decomposition
+        for ranks, weights in _solved(d, geometry, with_data):
+            polished = d.polish(case.layer, weights, case.weight, case.metric)
+            assert all(torch.equal(a, b) for a, b in zip(weights[:-1], polished[:-1], strict=True))
+            assert polished[-1].shape == weights[-1].shape
+            before, after = (
+                float(case.metric.error(case.weight - d.reconstruct(case.layer, w))) for w in (weights, polished)
+            )
+            assert after <= before * (1 + 1e-9), ranks
+
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)], ids=str)
+    @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: g.name)
+    def test_other_dtypes(self, geometry: Geometry, dtype: torch.dtype, tolerance: float) -> None:
+        """Stage weights and bias in another dtype give a module of that dtype."""
+        case, d = _case(self.decomposition, geometry), self.decomposition
+        for _, weights in _solved(d, geometry)[:2]:
+            bias = None if case.module.bias is None else case.module.bias.to(dtype)
+            built = d.build(case.layer, [w.to(dtype) for w in weights], bias)  # type: ignore[arg-type]
+            twin = dense_twin(case, d, weights)
+            out = built(case.input.to(dtype))
+            assert out.dtype == dtype
+            _assert_close(out.double(), twin(case.input), tolerance)
+
+    @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: g.name)
+    def test_batches_and_memory_formats(self, geometry: Geometry) -> None:
+        """Batches of 0 and 1, no batch at all and channels-last, wherever the original takes them."""
+        case, d = _case(self.decomposition, geometry), self.decomposition
+        x = case.input
+        inputs = {"batch 0": x[:0], "batch 1": x[:1], "no batch": x[0]}
+        if x.dim() in (4, 5):
+            form = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+            inputs["channels last"] = x.contiguous(memory_format=form)
+        for _, weights in _solved(d, geometry)[1:2]:
+            built = d.build(case.layer, weights, case.module.bias)  # type: ignore[arg-type]
+            twin = dense_twin(case, d, weights)
+            for name, given_input in inputs.items():
+                try:
+                    expected = twin(given_input)
+                except (RuntimeError, ValueError):
+                    continue
+                out = built(given_input)
+                assert out.shape == expected.shape, name
+                if expected.numel():
+                    _assert_close(out, expected, 1e-9)
+
+    @settings(
+        max_examples=25,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow],
+    )
+    @given(data=st.data())
+    def test_any_shape(self, data: st.DataObject) -> None:
+        """The same for layers that hypothesis makes up."""
+        d, geometry = self.decomposition, data.draw(geometries())
+        case = prepare(d, geometry, with_data=data.draw(st.booleans()))
+        if case.factors is None:
+            return
+        ranks = {n: data.draw(st.integers(1, b), label=n) for n, b in d.rank_bounds(case.layer).items()}
+        weights = d.stage_weights(case.layer, case.factors, ranks)
+        built = d.build(case.layer, weights, case.module.bias)  # type: ignore[arg-type]
+        _assert_same(built, dense_twin(case, d, weights), case.input, 1e-8)
+        assert d.ranks_of(case.layer, weights) == ranks
+        assert d.params(case.layer, ranks) == sum(p.numel() for p in built.parameters())
+        assert (d.macs(case.layer, ranks),) * 2 == counted_macs(built.float(), case.input.float())
+
+
+@st.composite
+def geometries(draw: st.DrawFn) -> Geometry:
+    """Any layer of a known kind that is small, with an input that it takes."""
+    kinds: list[Any] = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d]
+    kind = draw(st.sampled_from(kinds))
+    bias = draw(st.booleans())
+    if kind is nn.Linear:
+        sizes = draw(st.tuples(st.integers(1, 8), st.integers(1, 8)))
+        return Geometry("linear", lambda: nn.Linear(*sizes, bias=bias), (draw(st.integers(1, 3)), sizes[0]))
+    dims = int(kind.__name__[-2])
+
+    def sizes_of(low: int, high: int) -> tuple[int, ...]:
+        return draw(st.tuples(*[st.integers(low, high)] * dims))
+
+    groups, kernel, stride, dilation = draw(st.integers(1, 3)), sizes_of(1, 4), sizes_of(1, 3), sizes_of(1, 2)
+    channels = [groups * draw(st.integers(1, 5)) for _ in range(2)]
+    options: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups, "bias": bias}
+    span = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    padding = tuple(draw(st.integers(0, s // 2)) for s in span)
+    if "Transpose" in kind.__name__:
+        options["output_padding"] = tuple(
+            draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True)
+        )
+        options["padding"] = padding
+        size = [2 + draw(st.integers(0, 3)) for _ in range(dims)]
+    else:
+        modes = ["zeros", "reflect", "replicate", "circular"]
+        options["padding_mode"] = draw(st.sampled_from(modes))
+        same = set(stride) == {1} and draw(st.booleans())
+        options["padding"] = "same" if same else padding
+        size = [s + draw(st.integers(0, 3)) for s in span]
+    name = f"{kind.__name__}{channels}{kernel}{options}"
+    shape = (draw(st.integers(1, 2)), channels[0], *size)
+    return Geometry(name, lambda: kind(*channels, kernel, **options), shape)
+
+
+@functools.lru_cache(maxsize=64)
+def _case(decomposition: Decomposition, geometry: Geometry, with_data: bool = True) -> Case:
+    return prepare(decomposition, geometry, with_data)
+
+
+@functools.lru_cache(maxsize=64)
+def _solved(
+    decomposition: Decomposition, geometry: Geometry, with_data: bool = True
+) -> list[tuple[dict[str, int], list[Tensor]]]:
+    """Stage weights at several ranks; nothing where the method does not fit."""
+    case = _case(decomposition, geometry, with_data)
+    if case.factors is None:
+        return []
+    return [
+        (ranks, decomposition.stage_weights(case.layer, case.factors, ranks))
+        for ranks in some_ranks(decomposition, case.layer)
+    ]
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
+def _assert_same(built: nn.Module, twin: nn.Module, x: Tensor, tolerance: float) -> None:
+    """Equal outputs and equal gradients with respect to the input."""
+    outs, grads = [], []
+    for module in (built, twin):
+        given_input = x.clone().requires_grad_()
+        out = module(given_input)
+        toward = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).cos().reshape(out.shape)
+        (out * toward).sum().backward()
+        assert given_input.grad is not None
+        outs.append(out.detach())
+        grads.append(given_input.grad)
+    _assert_close(outs[0], outs[1], tolerance)
+    _assert_close(grads[0], grads[1], tolerance)
+
+
+def _assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert actual.shape == expected.shape
+    scale = float(expected.detach().abs().max().clamp_min(1e-3)) if expected.numel() else 1.0
+    torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=0, atol=tolerance * scale)

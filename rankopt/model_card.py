@@ -1,0 +1,109 @@
+"""What a saved model says of itself: `environment`, `plain` measurements and the `model_card`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rankopt.errors import ArtifactError
+from rankopt.plan import Plan
+
+
+def environment() -> dict[str, str]:
+    """Versions, platform and processor of this machine."""
+    found = {
+        "rankopt": _version("rankopt"),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+    }
+    if torch.cuda.is_initialized():  # asking otherwise would make a CUDA context
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def plain(measurements: Any, where: str = "measurements") -> Any:
+    """Measurements as JSON values; NaN and infinity become None. Raises `ArtifactError` naming what is no value."""
+    if hasattr(measurements, "to_dict"):
+        measurements = measurements.to_dict()
+    elif dataclasses.is_dataclass(measurements) and not isinstance(measurements, type):
+        measurements = dataclasses.asdict(measurements)
+    elif hasattr(measurements, "tolist"):  # a NumPy number or array, a tensor
+        measurements = measurements.tolist()
+    if isinstance(measurements, float):
+        return float(measurements) if math.isfinite(measurements) else None
+    if measurements is None or isinstance(measurements, bool | int | str):
+        return measurements
+    if isinstance(measurements, Mapping):
+        return {str(key): plain(value, f"{where}.{key}") for key, value in measurements.items()}
+    if isinstance(measurements, list | tuple):
+        return [plain(value, f"{where}[{n}]") for n, value in enumerate(measurements)]
+    raise ArtifactError(f"{where}: needs numbers, texts, lists and mappings, got {type(measurements).__name__}")
+
+
+def model_card(name: str, plan: Plan, measurements: Any, record: Mapping[str, Any]) -> str:
+    """Markdown: the dense model beside the compressed one, the methods used, and how to load it."""
+    dense, small = (_section(measurements, key) for key in ("dense", "compressed"))
+    rows = [f"| {key} | {_shown(dense.get(key))} | {_shown(small.get(key))} |" for key in {**dense, **small}]
+    methods = ", ".join(f"{count} × {method}" for method, count in plan.methods().items()) or "no layers"
+    argument = "" if record.get("source") else ", model=YourDenseModel()"
+    return "\n".join(
+        [
+            f"# {name}",
+            "",
+            f"A model compressed by low-rank decomposition with rankopt {record['rankopt']}: {methods}.",
+            f"Plan {plan.digest}; torch {record['torch']}, Python {record['python']}, {record['processor']}.",
+            "",
+            "| | dense | compressed |",
+            "|---|---|---|",
+            *(rows or ["| not measured | – | – |"]),
+            "",
+            "```python",
+            "from rankopt.artifact import load",
+            "",
+            f'model = load("{name}"{argument})  # in eval mode; nothing is decomposed again',
+            "```",
+            "",
+        ]
+    )
+
+
+def _section(measurements: Any, key: str) -> dict[str, Any]:
+    found = measurements.get(key) if isinstance(measurements, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        unit = value.get("unit") or ""
+        return f"{_shown(value.get('value'))} {unit}".strip()
+    if value is None:
+        return "–"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return (f"{value:.4g}" if isinstance(value, float) else str(value)).replace("|", "\\|").replace("\n", " ")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

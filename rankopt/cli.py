@@ -1,0 +1,252 @@
+"""The command line: thin verbs over `rankopt.search` and `rankopt.study`. Every fault is one line and exit status 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rankopt.errors import InputError, RankoptError
+from rankopt.handover import check_free, console_for, finish, print_json, print_saved, save
+
+if TYPE_CHECKING:
+    from rankopt.limits import Limit
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+Study = Annotated[Path, typer.Argument(metavar="STUDY", help="The study, a YAML file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Where the compressed model is written.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a saved model in DIR.")]
+Limits = Annotated[
+    list[str] | None,
+    typer.Option("--limit", metavar="LIMIT", help="E.g. 'macs<=50%' or 'accuracy>=-0.5'; replaces those of the study."),
+]
+Storage = Annotated[
+    str | None, typer.Option(metavar="URL", help="Where trials are kept: an Optuna storage URL, or a .db file.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def rankopt(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    """Compress a trained PyTorch model by low-rank decomposition, under limits.
+
+    \b
+    rankopt layers studies/digits.yaml           what can be decomposed, and what not and why
+    rankopt search studies/digits.yaml           search for the best plans (again: go on)
+    rankopt front  studies/digits.yaml           the plans that no other one beats
+    rankopt export studies/digits.yaml --out m   write the best one within the limits
+    """
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"rankopt {installed('rankopt')}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def layers(study: Study, as_json: Json = False) -> None:
+    """List the layers of a study's model: shapes, costs, the methods offered, and why others are left alone.
+
+    \b
+    rankopt layers studies/digits.yaml
+    rankopt layers studies/digits.yaml --json
+    """
+    from rankopt.layers import find_layers
+    from rankopt.space_file import resolve
+    from rankopt.study_file import load_study
+    from rankopt.tables import compact, layer_row, layers_table, offered
+
+    file = load_study(study)
+    found = find_layers(file.build_model(), *file.example())
+    spaces = resolve(file.load_space(), found)
+    total = sum(layer.macs for layer in found)
+    rows = [layer_row(layer, total, *offered(layer, spaces.get(layer.name))) for layer in found]
+    if as_json:
+        print_json(rows)
+        return
+    console = console_for()
+    console.print(layers_table(rows))
+    params = sum(layer.params for layer in found)
+    left = [row for row in rows if row["left_alone"]]
+    console.print(f"\n{len(rows)} layers, {compact(total)} MACs, {compact(params)} params; {len(left)} left alone")
+    for row in left:
+        console.print(f"{row['name']}: {row['left_alone']}", soft_wrap=True)
+
+
+@app.command()
+def search(
+    study: Study,
+    limit: Limits = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="How many trials the study shall have in all.")
+    ] = None,
+    storage: Storage = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the best model within the limits here.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, metavar="S", help="Replaces the seed of the study.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Search for the best plans under the limits. Running it again goes on where it stopped.
+
+    \b
+    rankopt search studies/digits.yaml
+    rankopt search studies/digits.yaml --limit 'macs<=40%' --limit 'params<=60%' --trials 100
+    rankopt search studies/digits.yaml --out compressed --json
+    """
+    from rankopt.progress import shown
+    from rankopt.study_file import load_study
+    from rankopt.tables import front_row, front_table
+
+    file, limits = load_study(study), _limits(limit)
+    if out is not None:
+        check_free(out, force)
+    from rankopt.search import Search  # last: what can be refused at once needs no torch
+
+    run = Search.from_study(file, limits=limits, trials=trials, storage=_storage(storage), seed=seed)
+    with shown(console_for(stderr=True)) as progress:
+        result = run.run(progress=progress)
+    rows = [front_row(entry) for entry in result.front]
+    best = result.best(limits)
+    saved, dense_test = save(run, best, out, force) if out is not None else ({}, None)
+    if as_json:
+        print_json(
+            {"front": rows, "best": front_row(best), "dense": result.dense, "out": str(out) if out else None}
+            | {"validation": saved.get("validation"), "test": saved.get("test"), "dense_test": dense_test}
+        )
+        return
+    console = console_for()
+    console.print(front_table(rows, result.dense, best.trial))
+    if out is None:
+        console.print(f"\nbest: trial {best.trial}; write it with: rankopt export {study} --out DIR", soft_wrap=True)
+    else:
+        print_saved(console, best, out, saved, dense_test)
+
+
+@app.command()
+def front(study: Study, limit: Limits = None, storage: Storage = None, as_json: Json = False) -> None:
+    """Show the plans that no other one beats in all objectives. Needs neither the model nor the data.
+
+    \b
+    rankopt front studies/digits.yaml
+    rankopt front studies/digits.yaml --limit 'macs<=40%' --json
+    """
+    from rankopt.study import read_result
+    from rankopt.study_file import load_study
+    from rankopt.tables import front_row, front_table
+
+    file, limits = load_study(study), _limits(limit)
+    result = read_result(_storage(storage) or file.storage_url, file.name, limits=limits or file.limits)
+    rows = [front_row(entry) for entry in result.front]
+    if as_json:
+        print_json(rows)
+    else:
+        console_for().print(front_table(rows, result.dense))
+
+
+@app.command()
+def export(
+    study: Study,
+    out: Out,
+    trial: Annotated[int | None, typer.Option(min=0, metavar="N", help="Which trial; else the best one.")] = None,
+    limit: Limits = None,
+    storage: Storage = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write a trial's compressed model: plan.json, safetensors, measurements. The best one within the limits, or N.
+
+    \b
+    rankopt export studies/digits.yaml --out compressed
+    rankopt export studies/digits.yaml --trial 12 --out compressed
+    """
+    from rankopt.study import read_result
+    from rankopt.study_file import load_study
+
+    file, limits = load_study(study), _limits(limit)
+    check_free(out, force)
+    url = _storage(storage) or file.storage_url
+    result = read_result(url, file.name, limits=limits or file.limits)
+    if trial is None:
+        entry = result.best(limits or file.limits)
+    else:
+        entries = {entry.trial: entry for entry in result.entries}
+        if trial not in entries:
+            known = f"{min(entries)} to {max(entries)}" if entries else "none"
+            raise InputError(f"--trial {trial}: the study {file.name} has no finished trial of that number ({known})")
+        entry = entries[trial]
+    from rankopt.search import Search
+
+    finish(Search.from_study(file, limits=limits, storage=url), entry, out, force, as_json)
+
+
+@app.command()
+def apply(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan, or the folder of a saved model.")],
+    study: Annotated[Path, typer.Option(metavar="STUDY", help="The study that gives the model and the data.")],
+    out: Out,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Carry out a plan on a study's model, measure it, and write it.
+
+    \b
+    rankopt apply compressed/plan.json --study studies/digits.yaml --out again
+    """
+    from rankopt.plan import Plan
+    from rankopt.study_file import load_study
+
+    file, decided = load_study(study), Plan.load(plan)
+    check_free(out, force)
+    from rankopt.search import Search
+
+    run = Search.from_study(file)
+    finish(run, run.evaluate(decided), out, force, as_json)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        code = typer.main.get_command(app).main(args=args, prog_name="rankopt", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except RankoptError as error:
+        return _fail(error.message)
+    except BrokenPipeError:  # `rankopt front … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # wrong options and arguments
+            path = getattr(getattr(error, "ctx", None), "command_path", "rankopt")
+            return _fail(f"{' '.join(error.format_message().split())} (see {path} --help)")
+        raise
+
+
+def _fail(message: str) -> int:
+    print(f"rankopt: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _limits(texts: list[str] | None) -> list[Limit] | None:
+    from rankopt.limits import parse_limit
+
+    return [parse_limit(text) for text in texts] if texts else None
+
+
+def _storage(text: str | None) -> str | None:
+    from rankopt.study_file import storage_url
+
+    return storage_url(text, Path()) if text else None

@@ -1,0 +1,236 @@
+"""`load_study`: a study file (YAML) checked in full, and the model, data and metric that it names.
+
+::
+
+    model: {call: "cifar10.py:resnet20", args: {}}   # or just the text; a file is looked up beside the study file
+    data: "cifar10.py:data"        # returns {"calibration": ..., "validation": ..., "test": ...}; see as_batches
+    metric: accuracy               # or kl, or a callable (module, batches) -> float, higher is better
+    example_input: [1, 3, 32, 32]  # or {shape, dtype}, or a callable; default: the first calibration sample
+    calibration: {samples: 1024, batch: 128}
+    validation: {samples: 2000, batch: 256}
+    space: resnet                  # a ready search space, a path, or a mapping
+    limits: ["macs<=50%"]
+    objectives: [kl, macs]
+    trials: 100
+
+Reading the file imports nothing that it names: `build_model`, `splits` and `metric_function` do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
+
+from rankopt.callables import call, check_spec, load_callable
+from rankopt.errors import LimitError, StudyFileError
+from rankopt.limits import Limit, parse_limit
+from rankopt.space_file import Space, load_space
+from rankopt.yaml_file import Strict, closest, parse, read_yaml, shown
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from rankopt.batches import Batch
+
+SPLITS = ("calibration", "validation", "test")
+ObjectiveName = Literal["accuracy", "kl", "macs", "params"]
+
+
+def _short(key: str) -> BeforeValidator:
+    """Let a plain text stand for ``{key: text}``."""
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+
+
+def _limit(value: Any) -> Limit:
+    if not isinstance(value, str):
+        raise LimitError(f"a limit is a text such as 'macs<=50%', got {value!r}")
+    return parse_limit(value)
+
+
+def _metric(value: Any) -> str:
+    return value if value in ("accuracy", "kl") else check_spec(value)
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip() or len(value) > 100 or set(value) & set('/\\:*?"<>|\n'):
+        raise ValueError(f"a name is a short text without slashes, got {shown(value)}")
+    return value
+
+
+class CallSpec(Strict):
+    """A callable and its keyword arguments."""
+
+    call: Annotated[str, BeforeValidator(check_spec)]
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class SplitSpec(Strict):
+    """How much of a split is used (None: all), and the batch size for data that do not come in batches."""
+
+    samples: int | None = Field(None, ge=1)
+    batch: int = Field(128, ge=1)
+
+
+class TargetSpec(Strict):
+    """Where latency is measured."""
+
+    name: str = "none"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class RefitSpec(Strict):
+    """Whether a trial's layers are refitted in sequence, and on how many calibration samples (None: all)."""
+
+    enabled: bool = True
+    samples: int | None = Field(None, ge=1)
+
+
+class RecoverySpec(Strict):
+    """`bn`: re-estimate batch norm statistics: on, off, or auto (kept where it wins on validation data)."""
+
+    bn: Annotated[
+        Literal["auto", "on", "off"],
+        BeforeValidator(lambda v: {True: "on", False: "off"}[v] if isinstance(v, bool) else v),  # YAML reads on as true
+    ] = "auto"
+
+
+class OutputSpec(Strict):
+    """What the model returns, and which dimension holds the classes; the default is read off an output."""
+
+    kind: Literal["auto", "logits", "regression"] = "auto"
+    class_dim: int | None = None
+
+
+class StudyFile(Strict):
+    """A study: what is compressed, on which data it is judged, and what it must keep."""
+
+    name: Annotated[str, BeforeValidator(_name)] = "study"
+    description: str = ""
+    model: Annotated[CallSpec, _short("call")]
+    data: Annotated[CallSpec, _short("call")]
+    metric: Annotated[str, BeforeValidator(_metric)] = "accuracy"
+    example_input: Any = None
+    calibration: SplitSpec = SplitSpec(samples=1024, batch=128)
+    validation: SplitSpec = SplitSpec(batch=256)
+    test: SplitSpec = SplitSpec(batch=256)
+    space: Any = "default"
+    limits: list[Annotated[Limit, BeforeValidator(_limit)]] = Field(default_factory=list)
+    objectives: list[ObjectiveName] = Field(default_factory=list, max_length=len(get_args(ObjectiveName)))
+    target: Annotated[TargetSpec, _short("name")] = TargetSpec()
+    trials: int = Field(64, ge=1, le=1_000_000)
+    seed: int = Field(0, ge=0, lt=2**32)
+    threads: int = Field(1, ge=1, le=1024)
+    storage: str | None = Field(None, min_length=1)
+    refit: RefitSpec = RefitSpec()
+    recovery: RecoverySpec = RecoverySpec()
+    output: OutputSpec = OutputSpec()
+    _path: Path = PrivateAttr(Path("study.yaml"))
+    _splits: dict[str, list[Batch]] | None = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StudyFile:
+        if len(set(self.objectives)) < len(self.objectives):
+            raise ValueError(f"objectives: one stands there twice: {', '.join(self.objectives)}")
+        if "accuracy" in self.objectives and self.metric == "kl":
+            raise ValueError("objectives: accuracy needs a metric other than kl")
+        if self.objectives and not {"accuracy", "kl"} & set(self.objectives):
+            raise ValueError("objectives: accuracy or kl must be among them, or everything would be cut away")
+        return self
+
+    @property
+    def path(self) -> Path:
+        """The file that was read."""
+        return self._path
+
+    @property
+    def base_dir(self) -> Path:
+        """The folder that relative paths start from."""
+        return self._path.resolve().parent
+
+    @property
+    def goals(self) -> list[str]:
+        """The objectives, or the default: accuracy (kl where there is no other metric) and macs."""
+        return list(self.objectives) or ["kl" if self.metric == "kl" else "accuracy", "macs"]
+
+    @property
+    def storage_url(self) -> str:
+        """Where trials are kept: ``storage``, or ``runs/NAME.db`` beside the study file."""
+        return storage_url(self.storage or f"runs/{self.name}.db", self.base_dir)
+
+    def load_space(self) -> Space:
+        """The search space that the study names or holds."""
+        try:
+            return load_space(self.space, self.base_dir, f"{self._path}: space.")
+        except StudyFileError as error:
+            inline = isinstance(self.space, Mapping)
+            raise error if inline else StudyFileError(f"{self._path}: space: {error}") from None
+
+    def build_model(self) -> nn.Module:
+        """Call what ``model`` names."""
+        from torch import nn
+
+        model = self._called("model")
+        if not isinstance(model, nn.Module):
+            raise StudyFileError(f"{self._path}: model.call: must return a torch.nn.Module, got {type(model).__name__}")
+        return model
+
+    def splits(self) -> dict[str, list[Batch]]:
+        """Call what ``data`` names, once, and read its splits as batches.
+
+        A split may be a function without arguments, so that what isn't used needn't be loaded before.
+        """
+        from rankopt.batches import as_batches
+
+        if self._splits is None:
+            found = self._called("data")
+            where = f"{self._path}: data.call"
+            if not isinstance(found, Mapping):
+                raise StudyFileError(f"{where}: must return a mapping of splits, got {type(found).__name__}")
+            for key in found:
+                if key not in SPLITS:
+                    raise StudyFileError(f"{where}: returned an unknown split {key!r}{closest(key, SPLITS)}")
+            if found.get("calibration") is None:
+                raise StudyFileError(f"{where}: must return the split 'calibration'; got {', '.join(found) or 'none'}")
+            self._splits = {}
+            for key in SPLITS:
+                source = found.get(key)
+                if source is not None:
+                    spec: SplitSpec = getattr(self, key)
+                    source = source() if callable(source) and not hasattr(source, "__getitem__") else source
+                    self._splits[key] = as_batches(source, samples=spec.samples, batch_size=spec.batch, where=key)
+        return self._splits
+
+    def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """(args, kwargs) of a call of the model with one sample."""
+        from rankopt.example_input import make
+
+        return make(self.example_input, self.base_dir, f"{self._path}: example_input", self.splits)
+
+    def metric_function(self) -> Callable[..., float] | None:
+        """The user's own metric, called as metric(module, batches); None for accuracy and kl."""
+        if self.metric in ("accuracy", "kl"):
+            return None
+        return load_callable(self.metric, self.base_dir, f"{self._path}: metric: ")
+
+    def _called(self, key: str) -> Any:
+        spec: CallSpec = getattr(self, key)
+        function = load_callable(spec.call, self.base_dir, f"{self._path}: {key}.call: ")
+        return call(function, spec.args, f"{self._path}: {key}.")
+
+
+def storage_url(text: str, base_dir: Path) -> str:
+    """An Optuna storage URL as it is; a path of a .db file, relative to `base_dir`, as an SQLite URL."""
+    return text if "://" in text else f"sqlite:///{(base_dir / Path(text).expanduser()).resolve()}"
+
+
+def load_study(path: str | Path) -> StudyFile:
+    """Read and check a study file; raises `StudyFileError`, one line that names the file and the key."""
+    path = Path(path)
+    data = {"name": path.stem, **read_yaml(path, "study")}
+    study = parse(StudyFile, data, f"{path}: ")
+    study._path = path
+    study.load_space()
+    return study

@@ -1,0 +1,72 @@
+"""rankopt: compress trained PyTorch models by low-rank decomposition, searched under limits and measured.
+
+Importing the package imports none of its heavy dependencies; the names below are loaded when they are used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rankopt.artifact import load
+    from rankopt.cost import count
+    from rankopt.errors import InfeasibleError, InputError, RankoptError
+    from rankopt.layer_spec import LayerSpec
+    from rankopt.layers import find_layers
+    from rankopt.limits import Limit, parse_limit
+    from rankopt.plan import LayerChoice, Plan
+    from rankopt.result import Entry, Result
+    from rankopt.search import Search, search
+    from rankopt.study_file import load_study
+    from rankopt.surgery import apply
+
+_HOMES = {
+    "Entry": "result",
+    "InfeasibleError": "errors",
+    "InputError": "errors",
+    "LayerChoice": "plan",
+    "LayerSpec": "layer_spec",
+    "Limit": "limits",
+    "Plan": "plan",
+    "RankoptError": "errors",
+    "Result": "result",
+    "Search": "search",
+    "apply": "surgery",
+    "count": "cost",
+    "find_layers": "layers",
+    "load": "artifact",
+    "load_study": "study_file",
+    "parse_limit": "limits",
+    "search": "search",
+}
+
+__all__ = [
+    "Entry",
+    "InfeasibleError",
+    "InputError",
+    "LayerChoice",
+    "LayerSpec",
+    "Limit",
+    "Plan",
+    "RankoptError",
+    "Result",
+    "Search",
+    "apply",
+    "count",
+    "find_layers",
+    "load",
+    "load_study",
+    "parse_limit",
+    "search",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rankopt' has no attribute {name!r}")
+    return getattr(import_module(f"rankopt.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,246 @@
+"""`candidates`: what every layer can become, what each choice costs exactly and what it is predicted to lose.
+
+Layers are worked off in chunks whose statistics fit the memory that is allowed; a chunk costs one pass over the
+calibration data, so a model that fits takes a single pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rankopt.allocate import Choices
+from rankopt.batches import Batch
+from rankopt.calibration import CalibrationOptions, LayerStatistics, calibrate
+from rankopt.decompositions import method
+from rankopt.decompositions.metric import Metric
+from rankopt.divergence import Divergence
+from rankopt.errors import RefusedDecomposition
+from rankopt.factors import Factors
+from rankopt.layer_spec import LayerSpec
+from rankopt.plan import DENSE, LayerChoice
+from rankopt.rank_split import split
+from rankopt.space_file import LayerSpace
+from rankopt.spool import Spool
+
+_BATCH_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that choose together (usually one) and their candidates.
+
+    Attributes:
+        layers: the layers; all of one shape when there are several.
+        choices: the candidates.
+        losses: (n,) predicted divergence in nats.
+        macs, params: (n,) exact, summed over the layers.
+        refused: method → why it is not offered here.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    choices: tuple[LayerChoice, ...]
+    losses: NDArray[np.float64]
+    macs: NDArray[np.float64]
+    params: NDArray[np.float64]
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The name of the first layer."""
+        return self.layers[0].name
+
+    def as_choices(self, losses: NDArray[np.float64] | None = None) -> Choices:
+        """For the allocator, with other losses when given."""
+        return Choices(self.losses if losses is None else losses, {"macs": self.macs, "params": self.params})
+
+
+class Statistics:
+    """The metrics of all layers in bounded memory: name → `Metric`."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._spool = Spool(max_bytes)
+
+    def put(self, name: str, metric: Metric) -> None:
+        """Store, in float32."""
+        parts = {"patch": metric.patch, "channel": metric.channel, "gradient": metric.gradient}
+        self._spool.put(name, {k: v.float() for k, v in parts.items() if v is not None})
+
+    def __call__(self, name: str) -> Metric:
+        """The metric of a layer, empty when it has none."""
+        return Metric(**self._spool.get(name)) if name in self._spool else Metric()
+
+
+def candidates(
+    model: nn.Module,
+    layers: Sequence[LayerSpec],
+    spaces: Mapping[str, LayerSpace],
+    tied: Sequence[Sequence[str]],
+    batches: Sequence[Batch],
+    divergence: Divergence,
+    *,
+    options: CalibrationOptions = CalibrationOptions(),  # noqa: B008  (frozen)
+    use_statistics: bool = True,
+    polish: bool = True,
+    gradient: bool = False,
+    max_bytes: int = 2**30,
+    progress: Callable[[str], None] = lambda text: None,
+) -> tuple[list[Group], Factors]:
+    """Candidates of every layer that has any, and the factor cache that builds them.
+
+    Args:
+        model: the dense model.
+        layers: from `find_layers`.
+        spaces: layer name → what it may become.
+        tied: groups of names that must share a choice.
+        batches: calibration data.
+        divergence: how outputs are judged.
+        options: how much is gathered in calibration.
+        use_statistics: truncate in the metric of the data (otherwise weights alone; losses are predicted either way).
+        polish, gradient: see `Factors`.
+        max_bytes: memory for the statistics of a chunk, for the metrics, and for the factors, each.
+        progress: called with a line of text now and then.
+    """
+    open_layers = [la for la in layers if la.skip is None and la.name in spaces and not spaces[la.name].dense]
+    groups = _grouped(open_layers, tied)
+    statistics = Statistics(max_bytes)
+    factors = Factors(
+        model, statistics if use_statistics else None, max_bytes=max_bytes, polish=polish, gradient=gradient
+    )
+    found: list[Group] = []
+    for chunk in _chunks(groups, options, max_bytes):
+        members = [layer for group in chunk for layer in group]
+        progress(f"calibrating {members[0].name} to {members[-1].name}")
+        gathered = calibrate(model, members, batches, divergence, options)
+        for group in chunk:
+            for layer in group:
+                statistics.put(layer.name, gathered[layer.name].metric)
+            progress(f"factorizing {group[0].name}")
+            found.append(_group(group, spaces[group[0].name], factors, [gathered.pop(la.name) for la in group]))
+    return [g for g in found if len(g.choices) > 1 or g.choices[0] != DENSE], factors
+
+
+def _grouped(layers: Sequence[LayerSpec], tied: Sequence[Sequence[str]]) -> list[tuple[LayerSpec, ...]]:
+    owner = {name: tuple(names) for names in tied for name in names}
+    by_name = {layer.name: layer for layer in layers}
+    groups: list[tuple[LayerSpec, ...]] = []
+    seen: set[str] = set()
+    for layer in layers:
+        if layer.name not in seen:
+            group = tuple(by_name[n] for n in owner.get(layer.name, (layer.name,)) if n in by_name)
+            seen.update(la.name for la in group)
+            groups.append(group)
+    return groups
+
+
+def _chunks(
+    groups: Sequence[tuple[LayerSpec, ...]], options: CalibrationOptions, max_bytes: int
+) -> Iterator[list[tuple[LayerSpec, ...]]]:
+    chunk: list[tuple[LayerSpec, ...]] = []
+    held = 0
+    for group in groups:
+        need = sum(_need(layer, options) for layer in group)
+        if chunk and held + need > max_bytes:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(group)
+        held += need
+    if chunk:
+        yield chunk
+
+
+def _need(layer: LayerSpec, options: CalibrationOptions) -> int:
+    """Bytes of statistics that one layer holds while it is gathered, from above."""
+    g, o, i, *k = layer.group_shape
+    patch = i * math.prod(k)
+    patch = patch if patch <= options.max_patch else i
+    moments = g * sum(n * n * (8 if n <= 1024 else 4) for n in (patch, o))
+    dense = 4 * math.prod(layer.group_shape) * options.fisher_samples * options.draws
+    return moments + min(dense, options.layer_bytes)
+
+
+def _group(
+    layers: tuple[LayerSpec, ...], space: LayerSpace, factors: Factors, statistics: Sequence[LayerStatistics]
+) -> Group:
+    """All candidates of layers that choose together; losses add over the layers."""
+    choices: list[LayerChoice] = [DENSE] if space.allow_dense else []
+    first, refused = layers[0], dict[str, str]()
+    for entry in space.explicit:
+        choices.append(LayerChoice(entry["method"], entry["ranks"]))
+    for name in space.methods:
+        way = method(name)
+        reason = way.why_not(first)
+        if reason:
+            refused[name] = reason
+            continue
+        full = [factors.full(layer, name) for layer in layers]
+        for ranks in split(way, first, full, space.keeps, space.rank_multiple).values():
+            choice = LayerChoice(name, ranks)
+            if choice not in choices and _pays(first, choice) and _within(first, choice, space.cap):
+                choices.append(choice)
+    changes, kept = _predict(layers, choices, factors, statistics, refused)
+    macs = [sum(_macs(la, c) for la in layers) for c in kept]
+    params = [sum(_params(la, c) for la in layers) for c in kept]
+    return Group(layers, tuple(kept), changes, np.array(macs, float), np.array(params, float), refused)
+
+
+def _predict(
+    layers: tuple[LayerSpec, ...],
+    choices: Sequence[LayerChoice],
+    factors: Factors,
+    statistics: Sequence[LayerStatistics],
+    refused: dict[str, str],
+) -> tuple[NDArray[np.float64], list[LayerChoice]]:
+    """Predicted loss of every choice, and the choices that could be built."""
+    total = np.zeros(len(choices))
+    bad: set[int] = set()
+    for layer, gathered in zip(layers, statistics, strict=True):
+        weight = factors.weight(layer)
+        step = max(1, _BATCH_BYTES // (4 * weight.numel()))
+        pending: list[tuple[int, Tensor]] = []
+
+        def flush(pending: list[tuple[int, Tensor]], gathered: LayerStatistics = gathered) -> None:
+            if pending:
+                losses = gathered.fisher.losses(torch.stack([change for _, change in pending]))
+                total[[n for n, _ in pending]] += losses.double().numpy()
+                pending.clear()
+
+        for n, choice in enumerate(choices):
+            if choice == DENSE or n in bad:
+                continue
+            way = method(choice.method)
+            try:
+                dense_weight = way.reconstruct(layer, factors(layer, choice))
+            except RefusedDecomposition as error:
+                bad.add(n)
+                refused[str(choice)] = error.message
+                continue
+            pending.append((n, (dense_weight - weight).float()))
+            if len(pending) >= step:
+                flush(pending)
+        flush(pending)
+    good = [n for n in range(len(choices)) if n not in bad and np.isfinite(total[n])]
+    return total[good], [choices[n] for n in good]
+
+
+def _macs(layer: LayerSpec, choice: LayerChoice) -> int:
+    return layer.macs if choice == DENSE else int(method(choice.method).macs(layer, choice.ranks))
+
+
+def _params(layer: LayerSpec, choice: LayerChoice) -> int:
+    return layer.params if choice == DENSE else int(method(choice.method).params(layer, choice.ranks))
+
+
+def _pays(layer: LayerSpec, choice: LayerChoice) -> bool:
+    return _macs(layer, choice) < layer.macs or _params(layer, choice) < layer.params
+
+
+def _within(layer: LayerSpec, choice: LayerChoice, cap: Mapping[str, float]) -> bool:
+    cost = {"macs": (_macs(layer, choice), layer.macs), "params": (_params(layer, choice), layer.params)}
+    return all(cost[q][0] <= share * cost[q][1] for q, share in cap.items())

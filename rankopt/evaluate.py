@@ -1,0 +1,194 @@
+"""`Evaluator`: build a plan and measure it, cheap to dear, stopping at the first limit that is broken for certain."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rankopt.batches import Batch
+from rankopt.bn import has_batch_norm, recalibrate
+from rankopt.cost import Cost, plan_cost
+from rankopt.divergence import Divergence, pick
+from rankopt.errors import DataError
+from rankopt.factors import Factors
+from rankopt.layer_spec import LayerSpec
+from rankopt.layers import inference
+from rankopt.limits import Limit
+from rankopt.plan import Plan
+from rankopt.refit import Refit
+from rankopt.surgery import apply
+
+Metric = Callable[[nn.Module, Sequence[Batch]], float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured of a plan.
+
+    Attributes:
+        measurements: quantity → value; macs, params, macs_kept, params_kept always, kl and accuracy unless stopped.
+        violations: limit → excess as a fraction of its bound, 0 or less when kept; only limits that were looked at.
+        stopped: the limit at which the evaluation ended, or None.
+        notes: facts needed to build it again (whether batch norm was recalibrated), and the seconds it took.
+    """
+
+    measurements: dict[str, float]
+    violations: dict[str, float]
+    stopped: str | None = None
+    notes: dict[str, float] = field(default_factory=dict)
+
+
+class Evaluator:
+    """Measures plans of one model.
+
+    Args:
+        model: the dense model.
+        layers: from `find_layers`.
+        factors: the factor cache.
+        cost: MACs and parameters of the dense model.
+        validation: batches on which plans are judged.
+        divergence: for kl.
+        metric: the user's metric (higher is better), "accuracy" (top-1 in percent; needs labels), or None.
+        refit: how layers are refitted, or None for not at all.
+        bn: "off", "on", or "auto": recalibrate batch norm where that lowers kl on the validation data.
+        bn_batches: inputs that batch norm is recalibrated on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[LayerSpec],
+        factors: Factors,
+        cost: Cost,
+        validation: Sequence[Batch],
+        divergence: Divergence,
+        *,
+        metric: Metric | str | None = None,
+        refit: Refit | None = None,
+        bn: str = "off",
+        bn_batches: Sequence[Batch] = (),
+    ) -> None:
+        self.model, self.layers, self.factors, self.cost = model, list(layers), factors, cost
+        self.validation, self.divergence, self.metric = list(validation), divergence, metric
+        self.refit = refit
+        self.bn = bn if has_batch_norm(model) else "off"
+        self.bn_batches = list(bn_batches)
+        self._dense_outputs: dict[int, list[Tensor]] = {}
+        self.dense = {"macs": float(cost.macs), "params": float(cost.params), **self.quality(model)}
+
+    def costs(self, plan: Plan) -> dict[str, float]:
+        """Exact MACs and parameters, absolute and as shares of dense, without building anything."""
+        cost = plan_cost(self.layers, plan, self.cost.params, self.cost.macs - sum(la.macs for la in self.layers))
+        return {
+            "macs": float(cost.macs),
+            "params": float(cost.params),
+            "macs_kept": cost.macs / max(self.cost.macs, 1),
+            "params_kept": cost.params / max(self.cost.params, 1),
+        }
+
+    def build(self, plan: Plan, bn: bool | None = None) -> nn.Module:
+        """The compressed model in eval mode: applied, refitted, and with batch norm recalibrated if `bn` says so.
+
+        The plan must be checked before, since weights are not compared with its fingerprint here (see `apply`).
+        """
+        built = apply(self.model, plan, self.factors, other_weights=True).eval()
+        if self.refit is not None:
+            modules = dict(built.named_modules())
+            chains = {n: m for n in plan.changed() if isinstance(m := modules[n], nn.Sequential)}
+            self.refit(built, chains)
+        if bn is None:
+            bn = self.bn == "on"
+        if bn:
+            recalibrate(built, self.bn_batches)
+        return built
+
+    def quality(self, module: nn.Module, batches: Sequence[Batch] | None = None) -> dict[str, float]:
+        """kl to the dense model, and accuracy with its standard error where it is known; on the validation data."""
+        batches = self.validation if batches is None else batches
+        dense = self._dense(batches)
+        kl: list[Tensor] = []
+        correct: list[Tensor] = []
+        with inference(module):
+            for batch, wanted in zip(batches, dense, strict=True):
+                output = pick(module(*batch.args, **batch.kwargs))
+                kl.append(self.divergence.between(wanted, output))
+                if self.metric == "accuracy":
+                    correct.append(_hits(output, batch, self.divergence.class_dim))
+        values = {"kl": float(torch.cat(kl).mean())}
+        if self.metric == "accuracy":
+            hits = torch.cat(correct).double()
+            share = float(hits.mean())
+            values["accuracy"] = 100 * share
+            values["accuracy_se"] = 100 * math.sqrt(share * (1 - share) / max(len(hits), 1))
+        elif callable(self.metric):
+            with inference(module):
+                values["accuracy"] = _number(self.metric(module, batches))
+        return values
+
+    def __call__(self, plan: Plan, limits: Sequence[Limit] = ()) -> Evaluation:
+        """Costs first; a plan that breaks a limit on them is not built."""
+        start = time.perf_counter()
+        measured = self.costs(plan)
+        violations = self.violations(measured, limits)
+        broken = [text for text, excess in violations.items() if excess > 0]
+        if broken:
+            return Evaluation(measured, violations, broken[0], {"seconds": time.perf_counter() - start})
+        built = self.build(plan, bn=False if self.bn == "auto" else None)
+        quality = self.quality(built)
+        bn = self.bn == "on"
+        if self.bn == "auto":
+            recalibrate(built, self.bn_batches)
+            other = self.quality(built)
+            if other["kl"] < quality["kl"]:
+                quality, bn = other, True
+        measured |= quality
+        violations = self.violations(measured, limits)
+        broken = [text for text, excess in violations.items() if excess > 0]
+        notes = {"bn": float(bn), "seconds": time.perf_counter() - start}
+        return Evaluation(measured, violations, broken[0] if broken else None, notes)
+
+    def violations(self, measured: Mapping[str, float], limits: Sequence[Limit]) -> dict[str, float]:
+        """Excess over each limit whose quantity is known by now."""
+        return {str(li): li.violation(measured, self.dense) for li in limits if li.key in measured}
+
+    def _dense(self, batches: Sequence[Batch]) -> list[Tensor]:
+        key = id(batches) if batches is not self.validation else 0
+        if key == 0 and 0 in self._dense_outputs:
+            return self._dense_outputs[0]
+        with inference(self.model):
+            outputs = [pick(self.model(*b.args, **b.kwargs)).clone() for b in batches]
+        if any(not torch.isfinite(o).all() for o in outputs):
+            raise DataError(
+                "validation: the dense model's output holds NaN or infinity; check its weights and the data"
+            )
+        if key == 0:
+            self._dense_outputs[0] = outputs
+        return outputs
+
+
+def _hits(output: Tensor, batch: Batch, class_dim: int) -> Tensor:
+    """Which predictions are right, flattened; negative labels are left out."""
+    labels = batch.labels
+    if not isinstance(labels, Tensor):
+        raise DataError("metric accuracy: needs labels as a tensor in every batch; use kl or a metric of your own")
+    predicted = output.argmax(class_dim)
+    if predicted.shape != labels.shape:
+        raise DataError(
+            f"metric accuracy: predictions have shape {tuple(predicted.shape)}, labels {tuple(labels.shape)};"
+            " they must be equal (set output.class_dim, or use a metric of your own)"
+        )
+    valid = labels >= 0
+    return (predicted == labels)[valid].flatten()
+
+
+def _number(value: object) -> float:
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise DataError(f"metric: must return a number, got {type(value).__name__}") from None
+    return number

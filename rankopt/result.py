@@ -1,0 +1,141 @@
+"""`Result`: what a study found, as plain values; needs neither torch nor Optuna."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankopt.errors import InfeasibleError, InputError
+from rankopt.limits import Limit, parse_limit
+from rankopt.pareto import front
+from rankopt.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MAXIMIZED = ("accuracy",)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One measured plan.
+
+    Attributes:
+        trial: its number in the study (-1: not part of one).
+        plan: the decisions.
+        measurements: quantity → value, None where it was not measured.
+        feasible: whether it keeps all limits.
+        notes: what is needed to build the same model again.
+    """
+
+    trial: int
+    plan: Plan
+    measurements: Mapping[str, float | None]
+    feasible: bool
+    notes: Mapping[str, float] = field(default_factory=dict)
+    _owner: Any = field(default=None, repr=False, compare=False)
+
+    def build(self) -> nn.Module:
+        """The compressed model, refitted as in the trial."""
+        return self._search().build(self.plan, bn=bool(self.notes.get("bn", 0)))
+
+    def save(self, directory: str | Path, force: bool = False) -> dict[str, Any]:
+        """Write an artifact that `rankopt.load` reads; returns what the reloaded model measures."""
+        return self._search().save(self, directory, force=force)
+
+    def _search(self) -> Any:
+        if self._owner is None:
+            raise InputError("this entry was read from storage alone; open the study with its model to build it")
+        return self._owner
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a running search tells: `best` within the limits so far, `text` while there is no trial yet."""
+
+    done: int
+    total: int
+    seconds: float
+    best: Mapping[str, float | None] | None = None
+    hypervolume: float | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """All entries of a study.
+
+    Attributes:
+        entries: every measured plan in the order of trials, a plan that came twice once.
+        objectives: their names; accuracy is maximized, all others minimized.
+        limits: those that `feasible` refers to.
+        dense: what the dense model measures.
+        failed: trial → why it has no measurements.
+    """
+
+    entries: Sequence[Entry]
+    objectives: tuple[str, ...]
+    limits: tuple[Limit, ...]
+    dense: Mapping[str, float]
+    failed: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def front(self) -> list[Entry]:
+        """The non-dominated entries in the objectives, from the most faithful to the cheapest; feasible ones first
+        where there are any."""
+        pool = [e for e in self.entries if e.feasible] or list(self.entries)
+        pool = [e for e in pool if all(e.measurements.get(q) is not None for q in self.objectives)]
+        indices: Sequence[Any] = list(front([minimized(e.measurements, self.objectives) for e in pool])) if pool else []
+        return [pool[i] for i in indices]
+
+    def best(self, limits: Sequence[Limit | str] | None = None) -> Entry:
+        """The best entry within the limits (those of the study when None).
+
+        With a limit on quality (accuracy, kl) the cheapest entry that keeps it, else the one of the best quality.
+
+        Raises:
+            InfeasibleError: none keeps them; says what is reachable among the measured plans.
+        """
+        wanted = (
+            self.limits if limits is None else tuple(parse_limit(li) if isinstance(li, str) else li for li in limits)
+        )
+        known = [e for e in self.entries if e.measurements.get("kl") is not None]
+        good = [e for e in known if all(li.violation(_values(e), self.dense) <= 0 for li in wanted)]
+        if not good:
+            raise InfeasibleError(self._nearest(known, wanted))
+        return min(good, key=self._order(wanted))
+
+    def _order(self, limits: Sequence[Limit]) -> Callable[[Entry], tuple[float, ...]]:
+        costs = [q for q in self.objectives if q not in ("accuracy", "kl")] or ["macs"]
+        quality = [q for q in self.objectives if q in ("accuracy", "kl")] or ["kl"]
+        if any(li.quantity in ("accuracy", "kl") for li in limits):
+            return lambda e: minimized(e.measurements, [*costs, *quality])
+        return lambda e: minimized(e.measurements, [*quality, "kl", *costs])
+
+    def _nearest(self, known: Sequence[Entry], limits: Sequence[Limit]) -> str:
+        if not known:
+            reasons = sorted(set(self.failed.values()))
+            return f"no trial was measured to the end{': ' + reasons[0] if reasons else ''}"
+        texts = []
+        for li in limits:
+            values = [v for e in known if (v := e.measurements.get(li.key)) is not None]
+            extreme = (max(values) if li.op == ">=" else min(values)) if values else None
+            texts.append(f"{li} (reached: {li.key} {extreme:.6g})" if extreme is not None else f"{li} (never measured)")
+        return (
+            f"none of {len(known)} measured plans keeps all limits: {', '.join(texts)}; allow more, or run more trials"
+        )
+
+
+def minimized(values: Mapping[str, float | None], quantities: Sequence[str]) -> tuple[float, ...]:
+    """The quantities as numbers to be minimized; one that is not known is infinite."""
+    out = []
+    for q in quantities:
+        value = values.get(q)
+        out.append(float("inf") if value is None else -value if q in MAXIMIZED else value)
+    return tuple(out)
+
+
+def _values(entry: Entry) -> dict[str, float]:
+    return {k: v for k, v in entry.measurements.items() if v is not None}

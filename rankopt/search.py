@@ -1,0 +1,388 @@
+"""`search` and `Search`: from a trained model, data and limits to measured plans and a smaller model.
+
+This is where the torch half and the study meet: everything is prepared in the order of the data flow, and the loop is
+handed a function that turns a plan into measurements.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from rankopt import artifact
+from rankopt.batches import Batch, as_batches, concatenate, count, digest, split
+from rankopt.calibration import CalibrationOptions
+from rankopt.candidates import Group, candidates
+from rankopt.cost import Cost
+from rankopt.cost import count as count_costs
+from rankopt.divergence import Divergence
+from rankopt.errors import DataError, InputError, LimitError, PlanError, UncountedOperationError
+from rankopt.evaluate import Evaluator, Metric
+from rankopt.factors import Factors
+from rankopt.layers import find_layers, fingerprint, run_once
+from rankopt.limits import Limit, parse_limit
+from rankopt.plan import Plan
+from rankopt.refit import Refit, RefitOptions
+from rankopt.result import Entry, Progress, Result
+from rankopt.space import SearchSpace
+from rankopt.space_file import Space, load_space, resolve, tied_groups
+from rankopt.surgery import checked
+
+if TYPE_CHECKING:
+    from rankopt.study_file import StudyFile
+
+_HELD_BACK = 0.33
+_EXACT = ("macs", "params")
+
+
+class Search:
+    """A search that can be prepared, run, resumed and asked.
+
+    Args:
+        model: the trained dense model; it is not changed.
+        example_input: a tensor or the tuple of positional arguments; costs are counted for it.
+        example_kwargs: keyword arguments of that call.
+        calibration, validation: batches; validation is held back from the calibration data when None.
+        tests: batches of the test split, used by `measure` only.
+        metric: "accuracy", None, or ``metric(module, batches) -> float`` (higher is better).
+        limits: what the result must keep.
+        objectives: names; the default is accuracy (kl without a metric) and macs.
+        space: a search space in any form that `load_space` takes.
+        trials, seed, storage, name: of the study. Without storage it lives in memory.
+        refit: how trials are refitted (None: not).
+        refit_samples: calibration samples used for it.
+        bn: "auto", "on" or "off"; see `Evaluator`.
+        output, class_dim: see `Divergence.of`.
+        threads: torch threads while running (None: as they are).
+        source: where the model's class is found, ``package.module:Name``; recorded in artifacts.
+        dense: makes a fresh dense model to check saved artifacts with (default: a copy of `model`).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_input: Any,
+        example_kwargs: Mapping[str, Any] | None = None,
+        *,
+        calibration: Sequence[Batch],
+        validation: Sequence[Batch] | None = None,
+        tests: Sequence[Batch] | None = None,
+        metric: Metric | str | None = None,
+        limits: Sequence[Limit] = (),
+        objectives: Sequence[str] | None = None,
+        space: str | Path | Mapping[str, Any] | Space | None = None,
+        trials: int = 64,
+        seed: int = 0,
+        storage: str | None = None,
+        name: str = "study",
+        refit: RefitOptions | None = RefitOptions(),  # noqa: B008  (frozen)
+        refit_samples: int | None = 1024,
+        bn: str = "off",
+        output: str = "auto",
+        class_dim: int | None = None,
+        options: CalibrationOptions | None = None,
+        threads: int | None = None,
+        source: str | None = None,
+    ) -> None:
+        self.model, self.source = model, source
+        self.example, self.example_kwargs = example_input, dict(example_kwargs or {})
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if validation is None:
+            if count(calibration) < 2:
+                raise DataError("calibration: needs at least 2 samples, of which some are held back to judge plans")
+            calibration, validation = split(calibration, _HELD_BACK, seed)
+        self.calibration, self.validation, self.tests = list(calibration), list(validation), tests
+        self.metric = None if metric == "kl" else metric
+        self.objectives = tuple(objectives or ("accuracy" if self.metric else "kl", "macs"))
+        self.limits = [_supported(limit) for limit in limits]
+        self.trials, self.seed, self.storage, self.name = trials, seed, storage, name
+        self.space_file = load_space(space)
+        self.refit_options, self.refit_samples, self.bn = refit, refit_samples, bn
+        self.options = options or CalibrationOptions(seed=seed)
+        self.layers = find_layers(model, example_input, example_kwargs)
+        self.fingerprint = fingerprint(model, self.layers)
+        self.spaces = resolve(self.space_file, self.layers)
+        self.divergence = Divergence.of(run_once(model, *self._call(self.calibration[0])), output, class_dim)
+        self._progress: Callable[[Progress], None] = lambda p: None
+
+    @classmethod
+    def from_study(
+        cls,
+        file: StudyFile,
+        limits: Sequence[Limit] | None = None,
+        trials: int | None = None,
+        storage: str | None = None,
+        seed: int | None = None,
+    ) -> Search:
+        """Build the model and data that a study file names. `storage` is a URL; the others replace the file's."""
+        if file.target.name != "none":
+            raise InputError(f"{file.path}: target: {file.target.name!r} is not known; known: none")
+        torch.set_num_threads(file.threads)
+        splits = file.splits()
+        args, kwargs = file.example()
+        spec = file.model.call
+        return cls(
+            file.build_model(),
+            args,
+            kwargs,
+            calibration=splits["calibration"],
+            validation=splits.get("validation"),
+            tests=splits.get("test"),
+            metric=file.metric_function() or file.metric,
+            limits=file.limits if limits is None else limits,
+            objectives=file.goals,
+            space=file.load_space(),
+            trials=file.trials if trials is None else trials,
+            seed=file.seed if seed is None else seed,
+            storage=storage or file.storage_url,
+            name=file.name,
+            refit=RefitOptions() if file.refit.enabled else None,
+            refit_samples=file.refit.samples,
+            bn=file.recovery.bn,
+            output=file.output.kind,
+            class_dim=file.output.class_dim,
+            source=None if spec.partition(":")[0].endswith(".py") else spec,
+        )
+
+    @cached_property
+    def cost(self) -> Cost:
+        """MACs and parameters of the dense model; where an operation can't be counted, an error that names it."""
+        try:
+            return count_costs(self.model, self.example, self.example_kwargs)
+        except UncountedOperationError as error:
+            raise UncountedOperationError(f"MACs of the dense model: {error.message}") from None
+
+    @cached_property
+    def _prepared(self) -> tuple[list[Group], Factors]:
+        return candidates(
+            self.model,
+            self.layers,
+            self.spaces,
+            tied_groups(self.space_file, self.layers),
+            self.calibration,
+            self.divergence,
+            options=self.options,
+            use_statistics=self.space_file.statistics,
+            progress=lambda text: self._progress(Progress(0, 0, 0.0, text=text)),
+        )
+
+    @property
+    def groups(self) -> list[Group]:
+        """The candidates of every layer."""
+        return self._prepared[0]
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        """What the study proposes from; raises `InfeasibleError` when nothing can keep the limits."""
+        totals = {"macs": float(self.cost.macs), "params": float(self.cost.params)}
+        fixed = {q: totals[q] - sum(getattr(la, q) for g in self.groups for la in g.layers) for q in totals}
+        bounds: dict[str, float] = {}
+        for limit in self.limits:
+            if limit.quantity in _EXACT:
+                bounds[limit.quantity] = min(limit.bound(totals), bounds.get(limit.quantity, float("inf")))
+        quantity = next((o for o in self.objectives if o in _EXACT), "macs")
+        if quantity not in bounds and bounds:
+            quantity = next(iter(bounds))
+        skipped = {la.name: la.skip for la in self.layers if la.skip}
+        return SearchSpace(self.groups, fixed, totals, bounds, quantity, self.fingerprint, skipped)
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """What measures plans."""
+        refit = None
+        if self.refit_options is not None:
+            refit = Refit(self.model, self.layers, _first(self.calibration, self.refit_samples), self.refit_options)
+        return Evaluator(
+            self.model,
+            self.layers,
+            self._prepared[1],
+            self.cost,
+            self.validation,
+            self.divergence,
+            metric=self.metric,
+            refit=refit,
+            bn=self.bn,
+            bn_batches=self.calibration,
+        )
+
+    def run(self, progress: Callable[[Progress], None] | None = None) -> Result:
+        """Search, or go on with a search in the same storage, until the study has `trials` trials."""
+        from rankopt import study
+
+        self._progress = progress or self._progress
+        space = self.space
+        opened = self._open()
+        study.run(opened, space, self.evaluator, self.limits, self.trials, self.seed, self._progress)
+        return study.with_owner(study.result_of(opened, self.limits), self)
+
+    def evaluate(self, plan: Plan) -> Entry:
+        """Measure a plan of one's own. Raises `PlanError` or `LayerError` when it does not fit this model."""
+        checked(self.model, plan)
+        skipped = {la.name: la.skip for la in self.layers if la.skip}
+        plan = Plan(plan.layers, plan.fingerprint or self.fingerprint, plan.skipped or skipped)
+        evaluation = self.evaluator(plan, [])
+        feasible = all(li.violation(evaluation.measurements, self.evaluator.dense) <= 0 for li in self.limits)
+        return Entry(-1, plan, evaluation.measurements, feasible, evaluation.notes, self)
+
+    def build(self, plan: Plan, bn: bool | None = None) -> nn.Module:
+        """The compressed model, refitted as in a trial."""
+        if plan.fingerprint is not None and plan.fingerprint != self.fingerprint:
+            checked(self.model, plan)  # raises with the difference
+            raise PlanError("plan: made for another model")
+        return self.evaluator.build(plan, bn)
+
+    def measure(self, module: nn.Module, split: str = "validation") -> dict[str, float]:
+        """kl and accuracy of a module on a split: "validation" or "test"."""
+        if split not in ("validation", "test"):
+            raise InputError(f"split: must be validation or test, got {split!r}")
+        batches = self.validation if split == "validation" else self.tests
+        if batches is None:
+            raise DataError("test: the study has no test split")
+        return self.evaluator.quality(module, batches)
+
+    def save(self, entry: Entry, directory: str | Path, force: bool = False) -> dict[str, Any]:
+        """Build an entry, save it, load it back and measure what was loaded.
+
+        Returns:
+            ``{"validation": {...}, "test": {...} or None}``, measured on the reloaded model.
+        """
+        built = self.build(entry.plan, bn=bool(entry.notes.get("bn", 0)))
+        costs = self.evaluator.costs(entry.plan)
+        compressed: dict[str, Any] = {**costs, **self.measure(built)}
+        measurements: dict[str, Any] = {"dense": dict(self.evaluator.dense), "compressed": compressed}
+        if self.tests is not None:
+            measurements["dense_test"] = self.measure(self.model, "test")
+            measurements["compressed_test"] = self.measure(built, "test")
+        artifact.save(directory, built, entry.plan, measurements=measurements, source=self.source, force=force)
+        loaded = artifact.load(directory, self.model)
+        test = {**costs, **self.measure(loaded, "test")} if self.tests is not None else None
+        return {"validation": {**costs, **self.measure(loaded)}, "test": test}
+
+    def _open(self) -> Any:
+        from rankopt import study
+
+        dense = self.evaluator.dense
+        return study.open_study(
+            study.open_storage(self.storage), self.name, self.objectives, self._facts(), dense, self.limits
+        )
+
+    def _facts(self) -> dict[str, str]:
+        space = json.dumps({n: repr(s) for n, s in self.spaces.items()}, sort_keys=True) + repr(self.space_file.tied)
+        return {
+            "model": self.fingerprint.architecture,
+            "weights": self.fingerprint.weights,
+            "calibration data": digest(self.calibration),
+            "validation data": digest(self.validation),
+            "search space": hashlib.sha256(space.encode()).hexdigest()[:16],
+            "metric": self.metric if isinstance(self.metric, str) else "a callable" if self.metric else "none",
+            "refit": repr(self.refit_options) + f" on {self.refit_samples} samples",
+            "bn": self.bn,
+        }
+
+    def _call(self, batch: Batch) -> tuple[Any, dict[str, Any]]:
+        return batch.args, batch.kwargs
+
+
+def search(
+    model: nn.Module,
+    example_input: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    calibration: Any,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    limits: Sequence[str | Limit] = ("macs<=50%",),
+    trials: int = 64,
+    target: str | None = None,
+    storage: str | None = None,
+    seed: int = 0,
+    space: str | Path | Mapping[str, Any] | None = None,
+    objectives: Sequence[str] | None = None,
+    name: str = "study",
+    progress: Callable[[Progress], None] | None = None,
+    samples: int | None = None,
+) -> Result:
+    """Find compressed versions of a trained model that keep the limits.
+
+    Args:
+        model: the trained model; it is not changed.
+        example_input: a tensor, or the tuple of positional arguments; MACs are counted for it.
+        example_kwargs: keyword arguments of that call.
+        calibration: an iterable of batches (see `as_batches`), a third of which is held back to judge plans by their
+            kl to the dense model. Labels are not needed.
+        evaluate: your own metric, higher is better; called with every candidate model in eval mode. Without it kl
+            decides.
+        limits: e.g. ``["macs<=50%", "accuracy>=-0.5"]``.
+        trials: plans to measure.
+        target: where latency is measured; none so far.
+        storage: an Optuna storage URL or a file (.db, .log); running again goes on there. None: in memory.
+        seed: of everything that is random.
+        space: a ready search space, a path or a mapping.
+        objectives: e.g. ``["accuracy", "macs"]``.
+        name: of the study in the storage.
+        progress: called after every trial.
+        samples: at most so many calibration samples.
+
+    Returns:
+        A `Result`: ``.front``, ``.best()``; each entry has ``.plan``, ``.measurements``, ``.build()``, ``.save(dir)``.
+
+    Raises:
+        InputError: something given is wrong; one line.
+        InfeasibleError: nothing can keep the limits; says what is reachable.
+    """
+    if target not in (None, "none"):
+        raise InputError(f"target: {target!r} is not known; known: none")
+    metric: Metric | None = None
+    if evaluate is not None:
+        if not callable(evaluate):
+            raise InputError(f"evaluate: needs a callable module -> float, got {type(evaluate).__name__}")
+        metric = lambda module, batches: evaluate(module)  # noqa: E731
+    parsed = [parse_limit(li) if isinstance(li, str) else li for li in _listed(limits)]
+    if trials < 1:
+        raise InputError(f"trials: must be at least 1, got {trials}")
+    run = Search(
+        model,
+        example_input,
+        example_kwargs,
+        calibration=as_batches(calibration, samples=samples),
+        metric=metric,
+        limits=parsed,
+        objectives=objectives,
+        space=space,
+        trials=trials,
+        seed=seed,
+        storage=storage,
+        name=name,
+    )
+    return run.run(progress)
+
+
+def _listed(limits: Any) -> Sequence[Any]:
+    if isinstance(limits, str | Limit):
+        return [limits]
+    return list(limits)
+
+
+def _supported(limit: Limit) -> Limit:
+    if limit.quantity in ("latency", "latency_p95", "memory"):
+        raise LimitError(f"limit {str(limit)!r}: {limit.quantity} is not measured without a target")
+    return limit
+
+
+def _first(batches: Sequence[Batch], samples: int | None) -> list[Batch]:
+    """The first samples, in one batch where their shapes allow."""
+    taken: list[Batch] = []
+    for batch in batches:
+        left = None if samples is None else samples - count(taken)
+        if left is not None and left <= 0:
+            break
+        taken.append(batch if left is None or len(batch) <= left else batch.take(slice(0, left)))
+    whole = concatenate(taken)
+    return [whole] if whole is not None else taken

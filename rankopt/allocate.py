@@ -5,7 +5,11 @@ One binary variable a candidate; one candidate a group of layers; one row a limi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,13 +113,14 @@ def _solve(
         for q, limit in limits.items():
             unit = max(abs(limit), 1e-12)
             constraints.append(LinearConstraint(csr_array(rows[q][None] / unit), -np.inf, limit / unit - margin))
-        result = milp(
-            losses / scale,
-            constraints=constraints,
-            integrality=np.ones(len(losses)),
-            bounds=Bounds(0, 1),
-            options={"mip_rel_gap": gap},
-        )
+        with _silent():
+            result = milp(
+                losses / scale,
+                constraints=constraints,
+                integrality=np.ones(len(losses)),
+                bounds=Bounds(0, 1),
+                options={"mip_rel_gap": gap},
+            )
         if result.x is None:
             return None
         picks = tuple(int(k[np.argmax(result.x[owner == n])]) for n, k in enumerate(kept))
@@ -123,3 +128,30 @@ def _solve(
         if all(sums[q] <= limit * (1 + 1e-12) + 1e-9 for q, limit in limits.items()):
             return picks
     return None
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep off the standard output what HiGHS prints there now and then, whatever its options say."""
+    try:
+        kept, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # there is no standard output
+        yield
+        return
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    _flush()
+    os.dup2(null, 1)
+    try:
+        yield
+    finally:
+        _flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(null)
+
+
+def _flush() -> None:
+    """Empty the C library's buffers, which Python does not see."""
+    if sys.platform != "win32":
+        ctypes.CDLL(None).fflush(None)

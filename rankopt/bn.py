@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rankopt.batches import Batch
+from rankopt.batches import Batch, concatenate
 
 
 def has_batch_norm(model: nn.Module) -> bool:
@@ -17,7 +17,17 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 
 def recalibrate(model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Set the running mean and variance to their average over `batches`, in place; all else stays in eval mode."""
+    """Set the running mean and variance to their average over `batches`, in place; all else stays in eval mode.
+
+    Batches of one sample, in which a variance may not be defined, are left out, or taken together if there are no
+    others.
+    """
+    usable = [batch for batch in batches if len(batch) > 1]
+    if not usable:
+        whole = concatenate(batches)
+        if whole is None or len(whole) < 2:
+            return
+        usable = [whole]
     norms = _norms(model)
     before = {norm: (norm.momentum, norm.training) for norm in norms}
     for norm in norms:
@@ -26,9 +36,8 @@ def recalibrate(model: nn.Module, batches: Sequence[Batch]) -> None:
         norm.training = True
     try:
         with torch.no_grad():
-            for batch in batches:
-                if len(batch) > 1:  # the variance of one value a channel is not defined
-                    model(*batch.args, **batch.kwargs)
+            for batch in usable:
+                model(*batch.args, **batch.kwargs)
     finally:
         for norm, (momentum, training) in before.items():
             norm.momentum, norm.training = momentum, training

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,9 +20,9 @@ from rankopt.batches import Batch
 from rankopt.decompositions.metric import Metric
 from rankopt.divergence import Divergence, pick
 from rankopt.errors import DataError
-from rankopt.fisher import FisherSamples, weight_gradients
+from rankopt.fisher import FisherSamples, by_position, weight_gradients
 from rankopt.layer_spec import LayerSpec
-from rankopt.layers import plain_attention
+from rankopt.layers import call_model, plain_attention
 from rankopt.patches import output_rows, patches
 
 
@@ -73,6 +73,7 @@ class _Gathered:
         self.moment = torch.zeros(g, n, n, dtype=torch.float64 if n <= 1024 else torch.float32)
         self.out_moment = torch.zeros(g, o, o, dtype=torch.float64 if o <= 1024 else torch.float32)
         self.rows = self.out_rows = 0
+        self.alone: list[tuple[int, ...]] = []
         self.inputs: list[Tensor] = []
         self.outputs: list[list[Tensor]] = []
         self.gradients: list[Tensor] = []
@@ -115,9 +116,13 @@ class _Gathered:
         self.inputs, self.outputs = [], []
         if not inputs or not outputs or any(len(g) != len(outputs[0]) or not g for g in outputs):
             return
-        calls = [(_by_sample(x, samples), _stack(gs, samples)) for x, gs in zip(inputs, outputs, strict=True)]
+        calls: list[tuple[Tensor, Tensor]] = []
+        for n, (x, gs) in enumerate(zip(inputs, outputs, strict=True)):
+            alone = self.alone[min(n, len(self.alone) - 1)] if self.alone else tuple(x.shape)
+            by_sample = [_by_sample(self.layer, t, samples, alone) for t in (x, *gs)]
+            calls.append((by_sample[0], torch.stack(by_sample[1:])))
         for _, g in calls:
-            rows = output_rows(self.layer, g.flatten(0, 1).float()).flatten(0, 1)
+            rows = by_position(self.layer, g.flatten(0, 1).float(), output_rows).flatten(0, 1)
             self.out_moment += torch.einsum("pgo,pgq->goq", rows, rows).to(self.out_moment)
             self.out_rows += len(rows)
         draws = calls[0][1].shape[0]
@@ -164,12 +169,27 @@ def calibrate(
     Raises:
         DataError: when an output or gradient is not finite.
     """
+    try:
+        return _calibrate(model, layers, batches, divergence, options)
+    except _Mixed:  # one by one they can always be told apart
+        return _calibrate(model, layers, batches, divergence, replace(options, piece=1))
+
+
+def _calibrate(
+    model: nn.Module,
+    layers: Sequence[LayerSpec],
+    batches: Sequence[Batch],
+    divergence: Divergence,
+    options: CalibrationOptions,
+) -> dict[str, LayerStatistics]:
     total = sum(len(b) for b in batches)
     gathered = {layer.name: _Gathered(layer, options, total) for layer in layers}
     modules = dict(model.named_modules())
     generator = torch.Generator().manual_seed(options.seed)
     left = options.fisher_samples if layers else 0
     with _frozen(model), plain_attention():
+        if layers and options.piece > 1:
+            _probe(model, modules, gathered, next(pieces(batches[0], 1)))
         for batch in batches:
             for piece in pieces(batch, options.piece):
                 draws = options.draws if left > 0 else 0
@@ -202,15 +222,15 @@ def _run_piece(
         def on_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
             layer = gathered[name].layer
             x = args[0] if args else kwargs["input"]
-            x = x if layer.dims == 0 or x.dim() == layer.dims + 2 else x.unsqueeze(0)
-            x = x if x.dim() > 1 else x.unsqueeze(0)
+            single = _single(layer, x)
+            x = x.unsqueeze(0) if single else x
             gathered[name].add_input(x.detach())
-            if not draws:
+            if not draws or not torch.is_grad_enabled():
                 return None
             # Adding a zero that wants a gradient makes the output a non-leaf in the graph, whatever the weights want.
             tapped = output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
             received: list[Tensor] = []
-            tapped.register_hook(lambda grad: received.append(grad.detach()))
+            tapped.register_hook(lambda grad: received.append(grad.detach().unsqueeze(0) if single else grad.detach()))
             taps.append((gathered[name], x.detach().clone(), received))
             return tapped
 
@@ -220,7 +240,7 @@ def _run_piece(
         handles.append(modules[name].register_forward_hook(hook(name), with_kwargs=True))
     try:
         with torch.set_grad_enabled(draws > 0):
-            output = pick(model(*piece.args, **piece.kwargs))
+            output = pick(call_model(model, piece.args, piece.kwargs, "calibration data"))
             if not torch.isfinite(output.detach()).all():
                 raise DataError("calibration: the model's output holds NaN or infinity; check its weights and the data")
             for n in range(draws):
@@ -236,6 +256,30 @@ def _run_piece(
         owner.outputs.append(received)
     for owner in gathered.values():
         owner.close_piece(len(piece))
+
+
+def _probe(model: nn.Module, modules: dict[str, nn.Module], gathered: dict[str, _Gathered], sample: Batch) -> None:
+    """Note the shapes of all layers' inputs when the model is run on a single sample."""
+
+    def hook(owner: _Gathered) -> Any:
+        def on_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            x = args[0] if args else kwargs["input"]
+            owner.alone.append((1, *x.shape) if _single(owner.layer, x) else tuple(x.shape))
+
+        return on_forward
+
+    handles = [modules[n].register_forward_hook(hook(owner), with_kwargs=True) for n, owner in gathered.items()]
+    try:
+        with torch.no_grad():
+            call_model(model, sample.args, sample.kwargs, "calibration data")
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _single(layer: LayerSpec, x: Tensor) -> bool:
+    """Whether it lacks a batch dimension."""
+    return x.dim() == (layer.dims + 1 if layer.dims else 1)
 
 
 @contextmanager
@@ -267,19 +311,26 @@ def _out_size(layer: LayerSpec, x: Tensor) -> tuple[int, ...]:
     return tuple(size)
 
 
-def _by_sample(x: Tensor, samples: int) -> Tensor:
-    """Bring the samples to dimension 0: windows of one sample stand together, sequence-first inputs are turned."""
-    if x.shape[0] == samples:
-        return x
-    if x.shape[0] % samples == 0 and x.dim() >= 2 and x.shape[1] != samples:
-        return x.reshape(samples, -1, *x.shape[1:])
-    if x.dim() >= 3 and x.shape[1] == samples:
+class _Mixed(Exception):
+    """Rows of several samples that can't be told apart."""
+
+
+def _by_sample(layer: LayerSpec, x: Tensor, samples: int, alone: tuple[int, ...]) -> Tensor:
+    """Bring the samples to dimension 0: windows of one sample stand together, sequence-first inputs are turned.
+
+    Args:
+        layer: the layer.
+        x: its input or output, or a gradient.
+        samples: how many there are.
+        alone: the shape of the layer's input when the model is run on a single sample.
+
+    Raises `_Mixed` where the rows do not grow with the samples (a table of positions, one call for each sample).
+    """
+    rows = x.shape[0]
+    if layer.dims == 0 and x.dim() >= 3 and x.shape[1] == samples and alone[0] > 1 and alone[1] == 1:
         return x.transpose(0, 1)
-    raise DataError(
-        f"calibration: a layer sees {x.shape[0]} rows for {samples} samples, so its gradients can't be told apart;"
-        " set the piece size to 1"
-    )
-
-
-def _stack(gradients: list[Tensor], samples: int) -> Tensor:
-    return torch.stack([_by_sample(g, samples) for g in gradients])
+    if rows == samples and (alone[0] == 1 or samples == 1):
+        return x
+    if rows % samples == 0 and (rows != alone[0] or samples == 1):
+        return x.reshape(samples, rows // samples, *x.shape[1:])
+    raise _Mixed(f"{layer.name} sees {rows} rows for {samples} samples")

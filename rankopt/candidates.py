@@ -1,7 +1,8 @@
 """`candidates`: what every layer can become, what each choice costs exactly and what it is predicted to lose.
 
 Layers are worked off in chunks whose statistics fit the memory that is allowed; a chunk costs one pass over the
-calibration data, so a model that fits takes a single pass.
+calibration data, so a model that fits takes a single pass. Besides, the largest layer alone needs about fifteen times
+its weight while it is factorized and its candidates are judged.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from rankopt.rank_split import split
 from rankopt.space_file import LayerSpace
 from rankopt.spool import Spool
 
+_LEAST_BYTES = 2**30
 _BATCH_BYTES = 256 * 2**20
+_UNSEEN = "no gradient of the output that is judged reaches it"
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Statistics:
         self._spool = Spool(max_bytes)
 
     def put(self, name: str, metric: Metric) -> None:
-        """Store, in float32."""
+        """Store, in float32 (the eigenvalues that matter lie far above what that rounds away)."""
         parts = {"patch": metric.patch, "channel": metric.channel, "gradient": metric.gradient}
         self._spool.put(name, {k: v.float() for k, v in parts.items() if v is not None})
 
@@ -89,7 +92,7 @@ def candidates(
     use_statistics: bool = True,
     polish: bool = True,
     gradient: bool = False,
-    max_bytes: int = 2**30,
+    max_bytes: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[Group], Factors]:
     """Candidates of every layer that has any, and the factor cache that builds them.
@@ -104,26 +107,35 @@ def candidates(
         options: how much is gathered in calibration.
         use_statistics: truncate in the metric of the data (otherwise weights alone; losses are predicted either way).
         polish, gradient: see `Factors`.
-        max_bytes: memory for the statistics of a chunk, for the metrics, and for the factors, each.
+        max_bytes: memory for what is gathered and kept here (None: `default_memory`): half of it for the statistics
+            of a chunk, a quarter for metrics and a quarter for factors; what does not fit waits on disk.
         progress: called with a line of text now and then.
     """
+    max_bytes = default_memory(model) if max_bytes is None else max_bytes
     open_layers = [la for la in layers if la.skip is None and la.name in spaces and not spaces[la.name].dense]
     groups = _grouped(open_layers, tied)
-    statistics = Statistics(max_bytes)
+    statistics = Statistics(max_bytes // 4)
     factors = Factors(
-        model, statistics if use_statistics else None, max_bytes=max_bytes, polish=polish, gradient=gradient
+        model, statistics if use_statistics else None, max_bytes=max_bytes // 4, polish=polish, gradient=gradient
     )
     found: list[Group] = []
-    for chunk in _chunks(groups, options, max_bytes):
+    for chunk in _chunks(groups, options, max_bytes // 2):
         members = [layer for group in chunk for layer in group]
         progress(f"calibrating {members[0].name} to {members[-1].name}")
         gathered = calibrate(model, members, batches, divergence, options)
         for group in chunk:
             for layer in group:
-                statistics.put(layer.name, gathered[layer.name].metric)
+                metric = gathered[layer.name].metric
+                statistics.put(layer.name, metric if gradient else metric.without_gradient())
             progress(f"factorizing {group[0].name}")
             found.append(_group(group, spaces[group[0].name], factors, [gathered.pop(la.name) for la in group]))
-    return [g for g in found if len(g.choices) > 1 or g.choices[0] != DENSE], factors
+    return [g for g in found if any(choice != DENSE for choice in g.choices)], factors
+
+
+def default_memory(model: nn.Module) -> int:
+    """Bytes to work with besides the models themselves: a quarter of the weights, and at least 1 GiB."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return max(_LEAST_BYTES, weights // 4)
 
 
 def _grouped(layers: Sequence[LayerSpec], tied: Sequence[Sequence[str]]) -> list[tuple[LayerSpec, ...]]:
@@ -160,17 +172,25 @@ def _need(layer: LayerSpec, options: CalibrationOptions) -> int:
     g, o, i, *k = layer.group_shape
     patch = i * math.prod(k)
     patch = patch if patch <= options.max_patch else i
-    moments = g * sum(n * n * (8 if n <= 1024 else 4) for n in (patch, o))
-    dense = 4 * math.prod(layer.group_shape) * options.fisher_samples * options.draws
-    return moments + min(dense, options.layer_bytes)
+    moments = 2 * g * sum(n * n * (8 if n <= 1024 else 4) for n in (patch, o))  # the sum, and the mean made of it
+    gradients = 4 * math.prod(layer.group_shape) * options.draws  # of one sample, as they are or as pairs
+    if len(layer.calls) == 1:
+        call = layer.calls[0]
+        seen, made = (
+            n * math.prod(s) for n, s in ((layer.in_channels, call.in_size), (layer.out_channels, call.out_size))
+        )
+        gradients = min(gradients, 4 * call.batch * (seen + options.draws * made))
+    return moments + min(gradients * options.fisher_samples, options.layer_bytes)
 
 
 def _group(
     layers: tuple[LayerSpec, ...], space: LayerSpace, factors: Factors, statistics: Sequence[LayerStatistics]
 ) -> Group:
     """All candidates of layers that choose together; losses add over the layers."""
-    choices: list[LayerChoice] = [DENSE] if space.allow_dense else []
     first, refused = layers[0], dict[str, str]()
+    choices: list[LayerChoice] = [DENSE] if space.allow_dense and _within(first, DENSE, space.cap) else []
+    if not all(len(gathered.fisher) for gathered in statistics):  # another output may need it: it stays dense
+        return Group(layers, (DENSE,), np.zeros(1), *_costs(layers, [DENSE]), {"*": _UNSEEN})
     for entry in space.explicit:
         choices.append(LayerChoice(entry["method"], entry["ranks"]))
     for name in space.methods:
@@ -180,14 +200,21 @@ def _group(
             refused[name] = reason
             continue
         full = [factors.full(layer, name) for layer in layers]
-        for ranks in split(way, first, full, space.keeps, space.rank_multiple).values():
+        keeps = space.keeps if way.sliceable or space.solved_keeps is None else space.solved_keeps
+        for ranks in split(way, first, full, keeps, space.rank_multiple).values():
             choice = LayerChoice(name, ranks)
             if choice not in choices and _pays(first, choice) and _within(first, choice, space.cap):
                 choices.append(choice)
     changes, kept = _predict(layers, choices, factors, statistics, refused)
-    macs = [sum(_macs(la, c) for la in layers) for c in kept]
-    params = [sum(_params(la, c) for la in layers) for c in kept]
-    return Group(layers, tuple(kept), changes, np.array(macs, float), np.array(params, float), refused)
+    return Group(layers, tuple(kept), changes, *_costs(layers, kept), refused)
+
+
+def _costs(
+    layers: Sequence[LayerSpec], choices: Sequence[LayerChoice]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """MACs and parameters of every choice, summed over the layers."""
+    macs = np.array([sum(_macs(la, c) for la in layers) for c in choices], float)
+    return macs, np.array([sum(_params(la, c) for la in layers) for c in choices], float)
 
 
 def _predict(

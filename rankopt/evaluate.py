@@ -14,10 +14,10 @@ from rankopt.batches import Batch
 from rankopt.bn import has_batch_norm, recalibrate
 from rankopt.cost import Cost, plan_cost
 from rankopt.divergence import Divergence, pick
-from rankopt.errors import DataError
+from rankopt.errors import DataError, RankoptError
 from rankopt.factors import Factors
 from rankopt.layer_spec import LayerSpec
-from rankopt.layers import inference
+from rankopt.layers import call_model, inference
 from rankopt.limits import Limit
 from rankopt.plan import Plan
 from rankopt.refit import Refit
@@ -120,14 +120,18 @@ class Evaluator:
                 if self.metric == "accuracy":
                     correct.append(_hits(output, batch, self.divergence.class_dim))
         values = {"kl": float(torch.cat(kl).mean())}
+        if not math.isfinite(values["kl"]):
+            raise DataError("the compressed model's output holds NaN or infinity")
         if self.metric == "accuracy":
             hits = torch.cat(correct).double()
+            if len(hits) == 0:
+                raise DataError("metric accuracy: no label is 0 or above")
             share = float(hits.mean())
             values["accuracy"] = 100 * share
             values["accuracy_se"] = 100 * math.sqrt(share * (1 - share) / max(len(hits), 1))
         elif callable(self.metric):
             with inference(module):
-                values["accuracy"] = _number(self.metric(module, batches))
+                values["accuracy"] = _measured(self.metric, module, batches)
         return values
 
     def __call__(self, plan: Plan, limits: Sequence[Limit] = ()) -> Evaluation:
@@ -161,7 +165,7 @@ class Evaluator:
         if key == 0 and 0 in self._dense_outputs:
             return self._dense_outputs[0]
         with inference(self.model):
-            outputs = [pick(self.model(*b.args, **b.kwargs)).clone() for b in batches]
+            outputs = [pick(call_model(self.model, b.args, b.kwargs, "validation data")).clone() for b in batches]
         if any(not torch.isfinite(o).all() for o in outputs):
             raise DataError(
                 "validation: the dense model's output holds NaN or infinity; check its weights and the data"
@@ -186,9 +190,19 @@ def _hits(output: Tensor, batch: Batch, class_dim: int) -> Tensor:
     return (predicted == labels)[valid].flatten()
 
 
-def _number(value: object) -> float:
+def _measured(metric: Metric, module: nn.Module, batches: Sequence[Batch]) -> float:
+    """What the user's metric says; what it raises, and what is no number, becomes one line."""
+    try:
+        value: object = metric(module, batches)
+    except RankoptError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise DataError(f"metric: raised {type(error).__name__}: {first}") from error
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         raise DataError(f"metric: must return a number, got {type(value).__name__}") from None
+    if not math.isfinite(number):
+        raise DataError(f"metric: must return a finite number, got {number}")
     return number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -15,6 +16,7 @@ from rankopt.plan import LayerChoice
 from rankopt.spool import Spool
 
 _LARGE = 4 * 2**20  # weight entries above which float32 is used, since float64 would not pay for its time and memory
+_POLISHED = 8 * 2**20  # weight entries above which nothing is polished: it takes eight copies of the weight in float64
 
 
 class Factors:
@@ -24,7 +26,8 @@ class Factors:
         model: the dense model.
         metrics: layer name → its metric; a layer without one is factorized from its weights alone.
         max_bytes: memory for factors; the rest waits on disk.
-        polish: solve the last stage of every slice again in the full metric (where there is one).
+        polish: solve the last stage of every slice again in the full metric (where there is one, and the layer has at
+            most 8 M weights).
         gradient: weight output channels with the second moment of their gradients when truncating.
     """
 
@@ -50,8 +53,7 @@ class Factors:
         if not way.sliceable and key in self._spool:
             return [t for _, t in sorted(self._spool.get(key).items())]
         weights = way.stage_weights(layer, self.full(layer, choice.method), choice.ranks)
-        metric = self.metric(layer.name)
-        if self.polish and metric.known:
+        if self.polish and math.prod(layer.weight_shape) <= _POLISHED and (metric := self.metric(layer.name)).known:
             weights = way.polish(layer, weights, self.weight(layer).to(weights[0].dtype), metric)
         if not way.sliceable:
             self._spool.put(key, {f"{n:02d}": w.contiguous() for n, w in enumerate(weights)})
@@ -74,5 +76,11 @@ class Factors:
         key = f"{layer.name}|{name}"
         if key not in self._spool:
             factors = method(name).factorize(layer, self.weight(layer), self.metric(layer.name))
-            self._spool.put(key, dict(factors))
+            self._spool.put(key, {name: _own(tensor) for name, tensor in factors.items()})
         return self._spool.get(key)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor in memory of its own: a view would hold all that it was cut from."""
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)

@@ -1,13 +1,13 @@
 """`FisherSamples`: the loss's gradients at one layer, and the loss that a change of its weight is predicted to cause.
 
-For sample s, with labels y drawn from the model's own prediction, a weight change D moves log p(y) by ⟨G_s, D⟩ where
-G_s is the gradient of the layer's weight for this sample alone. Half the mean square of it is the Fisher approximation of
-the Kullback-Leibler divergence that the change causes.
+For sample s, with labels y drawn from the model's own prediction, a weight change D moves log p(y) by ⟨G_s, D⟩, where
+G_s is the gradient of the layer's weight for this sample alone. Half the mean square of it is the Fisher approximation
+of the Kullback-Leibler divergence that the change causes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,11 +41,11 @@ class FisherSamples:
     def scores(self, changes: Tensor) -> Tensor:
         """⟨G_s, D⟩ for weight changes (k, groups, out, in, *kernel): (k, samples)."""
         flat = changes.flatten(1).float()
-        return torch.cat([flat @ part.T for part in self._parts()], dim=1)
+        return torch.cat([flat.new_zeros(len(flat), 0), *(flat @ part.T for part in self._parts())], dim=1)
 
     def losses(self, changes: Tensor) -> Tensor:
-        """Predicted divergence of each weight change alone, (k,), in nats."""
-        return self.scores(changes).square().mean(1) / 2
+        """Predicted divergence of each weight change alone, (k,), in nats; 0 without samples."""
+        return self.scores(changes).square().sum(1) / (2 * max(len(self), 1))
 
     def _parts(self) -> Iterator[Tensor]:
         if self.gradients is not None:
@@ -71,7 +71,15 @@ def weight_gradients(layer: LayerSpec, x: Tensor, gradient: Tensor) -> Tensor:
         gradient: (draws, n, ...) gradients at its output.
     """
     draws, n = gradient.shape[:2]
-    rows = patches(layer, x.float())  # n p g i
-    outer = output_rows(layer, gradient.float().flatten(0, 1)).unflatten(0, (draws, n))  # d n p g o
+    rows = by_position(layer, x.float(), patches)  # n p g i
+    outer = by_position(layer, gradient.float().flatten(0, 1), output_rows).unflatten(0, (draws, n))  # d n p g o
     product = torch.einsum("dnpgo,npgi->dngoi", outer, rows)
     return product.flatten(2)
+
+
+def by_position(layer: LayerSpec, value: Tensor, rows: Callable[[LayerSpec, Tensor], Tensor]) -> Tensor:
+    """(n, positions, groups, channels) by `patches` or `output_rows`, also of (n, frames, channels, *size)."""
+    if layer.dims == 0 or value.dim() == layer.dims + 2:
+        return rows(layer, value)
+    found = rows(layer, value.flatten(0, 1))
+    return found.reshape(len(value), -1, *found.shape[2:])

@@ -25,6 +25,7 @@ __all__ = [
     "LayerSpec",
     "architecture_digest",
     "as_call",
+    "call_model",
     "decomposable",
     "find_layers",
     "fingerprint",
@@ -74,22 +75,31 @@ def inference(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def run_once(model: nn.Module, example_input: Any, example_kwargs: Mapping[str, Any] | None = None) -> Any:
+def run_once(
+    model: nn.Module,
+    example_input: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    where: str = "example input",
+) -> Any:
     """The output on the example input, in eval mode, without gradients and fused attention; the model stays as it was.
 
-    Raises `DataError` when the model can't be run on it.
+    Raises `DataError` when the model can't be run on it; `where` says what was given.
     """
     if not isinstance(model, nn.Module):
         raise DataError(f"model: needs a torch.nn.Module, got {type(model).__name__}")
-    args, kwargs = as_call(example_input, example_kwargs)
+    with inference(model), plain_attention():
+        return call_model(model, *as_call(example_input, example_kwargs), where)
+
+
+def call_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], where: str) -> Any:
+    """Call the model; what it raises becomes a `DataError` that says on which data."""
     try:
-        with inference(model), plain_attention():
-            return model(*args, **kwargs)
+        return model(*args, **kwargs)
     except RankoptError:
         raise
     except Exception as error:
         raise DataError(
-            f"example input: {type(model).__name__} does not run on it: {type(error).__name__}: {_first_line(error)}"
+            f"{where}: {type(model).__name__} does not run on it: {type(error).__name__}: {_first_line(error)}"
         ) from error
 
 

@@ -73,8 +73,8 @@ class Limit:
         value, bound = values.get(self.key, math.nan), self.bound(dense)
         if math.isnan(value):
             return math.inf
-        excess = value - bound if self.op == "<=" else bound - value
-        return excess / max(abs(bound), 1e-12)
+        excess = (value - bound if self.op == "<=" else bound - value) / max(abs(bound), 1e-12)
+        return 0.0 if 0 < excess <= 1e-12 else excess  # 29 of 100 keep 29 %, though 0.29 * 100 is a little less
 
 
 def parse_limit(text: str) -> Limit:

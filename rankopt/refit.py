@@ -32,7 +32,7 @@ class RefitOptions:
         seed: for the positions.
     """
 
-    max_rows: int = 2**15
+    max_rows: int = 2**16
     ridge: float = 1e-3
     seed: int = 0
 

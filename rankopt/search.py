@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from torch import nn
 from rankopt import artifact
 from rankopt.batches import Batch, as_batches, concatenate, count, digest, split
 from rankopt.calibration import CalibrationOptions
-from rankopt.candidates import Group, candidates
+from rankopt.candidates import Group, candidates, default_memory
 from rankopt.cost import Cost
 from rankopt.cost import count as count_costs
 from rankopt.divergence import Divergence
@@ -61,6 +62,9 @@ class Search:
         bn: "auto", "on" or "off"; see `Evaluator`.
         output, class_dim: see `Divergence.of`.
         threads: torch threads while running (None: as they are).
+        memory: bytes to work with besides the dense and a compressed model (None: a quarter of the weights, and at
+            least 1 GiB). Layers are calibrated in chunks, factors wait on disk, and the refit takes fewer output
+            positions where this is not enough.
         source: where the model's class is found, ``package.module:Name``; recorded in artifacts.
         dense: makes a fresh dense model to check saved artifacts with (default: a copy of `model`).
     """
@@ -89,6 +93,7 @@ class Search:
         class_dim: int | None = None,
         options: CalibrationOptions | None = None,
         threads: int | None = None,
+        memory: int | None = None,
         source: str | None = None,
     ) -> None:
         self.model, self.source = model, source
@@ -101,16 +106,20 @@ class Search:
             calibration, validation = split(calibration, _HELD_BACK, seed)
         self.calibration, self.validation, self.tests = list(calibration), list(validation), tests
         self.metric = None if metric == "kl" else metric
-        self.objectives = tuple(objectives or ("accuracy" if self.metric else "kl", "macs"))
-        self.limits = [_supported(limit) for limit in limits]
+        self.objectives = _checked_objectives(objectives, self.metric)
+        self.limits = [_supported(limit, self.metric) for limit in limits]
         self.trials, self.seed, self.storage, self.name = trials, seed, storage, name
         self.space_file = load_space(space)
         self.refit_options, self.refit_samples, self.bn = refit, refit_samples, bn
         self.options = options or CalibrationOptions(seed=seed)
+        self.memory = default_memory(model) if memory is None else memory
         self.layers = find_layers(model, example_input, example_kwargs)
         self.fingerprint = fingerprint(model, self.layers)
         self.spaces = resolve(self.space_file, self.layers)
-        self.divergence = Divergence.of(run_once(model, *self._call(self.calibration[0])), output, class_dim)
+        first = self.calibration[0]
+        self.divergence = Divergence.of(
+            run_once(model, first.args, first.kwargs, "calibration data"), output, class_dim
+        )
         self._progress: Callable[[Progress], None] = lambda p: None
 
     @classmethod
@@ -171,6 +180,7 @@ class Search:
             self.divergence,
             options=self.options,
             use_statistics=self.space_file.statistics,
+            max_bytes=self.memory,
             progress=lambda text: self._progress(Progress(0, 0, 0.0, text=text)),
         )
 
@@ -182,6 +192,11 @@ class Search:
     @cached_property
     def space(self) -> SearchSpace:
         """What the study proposes from; raises `InfeasibleError` when nothing can keep the limits."""
+        if not self.groups:
+            why = next((f"{la.name}: {la.skip}" for la in self.layers if la.skip), "the search space leaves them dense")
+            raise InputError(
+                f"model: none of its {len(self.layers)} layers can be decomposed" + (f" ({why})" if self.layers else "")
+            )
         totals = {"macs": float(self.cost.macs), "params": float(self.cost.params)}
         fixed = {q: totals[q] - sum(getattr(la, q) for g in self.groups for la in g.layers) for q in totals}
         bounds: dict[str, float] = {}
@@ -199,7 +214,11 @@ class Search:
         """What measures plans."""
         refit = None
         if self.refit_options is not None:
-            refit = Refit(self.model, self.layers, _first(self.calibration, self.refit_samples), self.refit_options)
+            width = sum(la.out_channels for la in self.layers if la.skip is None)
+            rows = max(1, min(self.refit_options.max_rows, self.memory // (8 * max(width, 1))))  # half the memory
+            samples = rows if self.refit_samples is None else min(self.refit_samples, rows)
+            options = replace(self.refit_options, max_rows=rows)
+            refit = Refit(self.model, self.layers, _first(self.calibration, samples), options)
         return Evaluator(
             self.model,
             self.layers,
@@ -287,9 +306,6 @@ class Search:
             "bn": self.bn,
         }
 
-    def _call(self, batch: Batch) -> tuple[Any, dict[str, Any]]:
-        return batch.args, batch.kwargs
-
 
 def search(
     model: nn.Module,
@@ -308,6 +324,7 @@ def search(
     name: str = "study",
     progress: Callable[[Progress], None] | None = None,
     samples: int | None = None,
+    memory: int | None = None,
 ) -> Result:
     """Find compressed versions of a trained model that keep the limits.
 
@@ -329,6 +346,7 @@ def search(
         name: of the study in the storage.
         progress: called after every trial.
         samples: at most so many calibration samples.
+        memory: bytes to work with besides the dense and a compressed model; see `Search`.
 
     Returns:
         A `Result`: ``.front``, ``.best()``; each entry has ``.plan``, ``.measurements``, ``.build()``, ``.save(dir)``.
@@ -339,14 +357,18 @@ def search(
     """
     if target not in (None, "none"):
         raise InputError(f"target: {target!r} is not known; known: none")
+    for key, value, least in (("trials", trials, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(f"{key}: must be a whole number from {least}, got {value!r}")
+    for key, text in (("storage", storage), ("name", name)):
+        if text is not None and not (isinstance(text, str) and text.strip()):
+            raise InputError(f"{key}: must be a text, got {text!r}")
     metric: Metric | None = None
     if evaluate is not None:
         if not callable(evaluate):
             raise InputError(f"evaluate: needs a callable module -> float, got {type(evaluate).__name__}")
         metric = lambda module, batches: evaluate(module)  # noqa: E731
-    parsed = [parse_limit(li) if isinstance(li, str) else li for li in _listed(limits)]
-    if trials < 1:
-        raise InputError(f"trials: must be at least 1, got {trials}")
+    parsed = [li if isinstance(li, Limit) else parse_limit(li) for li in _listed(limits)]
     run = Search(
         model,
         example_input,
@@ -360,6 +382,7 @@ def search(
         seed=seed,
         storage=storage,
         name=name,
+        memory=memory,
     )
     return run.run(progress)
 
@@ -367,12 +390,31 @@ def search(
 def _listed(limits: Any) -> Sequence[Any]:
     if isinstance(limits, str | Limit):
         return [limits]
-    return list(limits)
+    if not isinstance(limits, Sequence):
+        raise LimitError(f"limits: needs a list such as ['macs<=50%'], got {limits!r}")
+    return limits
 
 
-def _supported(limit: Limit) -> Limit:
+def _checked_objectives(given: Sequence[str] | None, metric: Any) -> tuple[str, ...]:
+    """The objectives, or the default: accuracy (kl without a metric) and macs."""
+    if given is None or (not isinstance(given, str) and len(given) == 0):
+        return ("accuracy" if metric else "kl", "macs")
+    known = ["accuracy", "kl", *_EXACT] if metric else ["kl", *_EXACT]
+    wrong = [o for o in ([given] if isinstance(given, str) else given) if o not in known]
+    if isinstance(given, str) or wrong:
+        raise InputError(
+            f"objectives: needs a list out of {', '.join(known)}, got {given if not wrong else wrong[0]!r}"
+        )
+    if len(set(given)) < len(given) or not {"accuracy", "kl"} & set(given):
+        raise InputError(f"objectives: each stands once, and accuracy or kl is among them, got {', '.join(given)}")
+    return tuple(given)
+
+
+def _supported(limit: Limit, metric: Any) -> Limit:
     if limit.quantity in ("latency", "latency_p95", "memory"):
         raise LimitError(f"limit {str(limit)!r}: {limit.quantity} is not measured without a target")
+    if limit.quantity == "accuracy" and not metric:
+        raise LimitError(f"limit {str(limit)!r}: accuracy needs a metric other than kl")
     return limit
 
 

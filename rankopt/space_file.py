@@ -4,6 +4,7 @@
 
     methods: [svd, spatial_svd, tucker2]     # the methods that layers choose from
     keep: {min: 0.1, max: 0.9, levels: 16}   # fractions of the layer's dense MACs; or a list: [0.25, 0.5]
+                                             # solved: 8 of them for methods that are solved anew for every rank
     rank_multiple: 1                         # ranks snap to a multiple of this
     statistics: true                         # factorize with calibration data (false: the weights alone)
     cap: {macs: 0.8}                         # no layer keeps more than this share of its macs or params
@@ -42,6 +43,7 @@ class Keep(Strict):
     min: Fraction = 0.1
     max: Fraction = 0.9
     levels: int = Field(16, ge=1, le=1000)
+    solved: int = Field(8, ge=1, le=1000)
     values: list[Fraction] | None = Field(None, min_length=1)
 
     @model_validator(mode="before")
@@ -55,14 +57,15 @@ class Keep(Strict):
             raise ValueError(f"min {self.min} is above max {self.max}")
         return self
 
-    def fractions(self) -> tuple[float, ...]:
-        """All levels, ascending."""
+    def fractions(self, solved: bool = False) -> tuple[float, ...]:
+        """All levels, ascending; with `solved` those of methods whose factors can't be sliced (cp, tensor_ring)."""
         if self.values is not None:
             return tuple(sorted(set(self.values)))
-        if self.levels == 1 or self.min == self.max:
+        levels = min(self.levels, self.solved) if solved else self.levels
+        if levels == 1 or self.min == self.max:
             return (self.max,)
-        step = (self.max - self.min) / (self.levels - 1)
-        return tuple(round(self.min + n * step, 6) for n in range(self.levels))
+        step = (self.max - self.min) / (levels - 1)
+        return tuple(round(self.min + n * step, 6) for n in range(levels))
 
 
 class Cap(Strict):
@@ -114,6 +117,7 @@ class LayerSpace:
 
     Attributes:
         methods, keeps: every method at every share of the layer's dense MACs.
+        solved_keeps: the shares for methods that are solved anew for every rank (None: the same).
         rank_multiple: ranks are multiples of this.
         dense: the layer stays as it is.
         allow_dense: whether staying dense is among the choices.
@@ -128,6 +132,7 @@ class LayerSpace:
     allow_dense: bool = True
     explicit: tuple[dict[str, Any], ...] = ()
     cap: Mapping[str, float] = field(default_factory=dict)
+    solved_keeps: tuple[float, ...] | None = None
 
 
 def folder() -> Path:
@@ -237,6 +242,7 @@ def _layer_space(space: Space, n: int | None, layer: LayerSpec) -> LayerSpace:
     return LayerSpace(
         methods=tuple(dict.fromkeys(name for name in chosen if name != "dense")),
         keeps=(rule.keep or space.keep).fractions(),
+        solved_keeps=(rule.keep or space.keep).fractions(solved=True),
         rank_multiple=rule.rank_multiple or space.rank_multiple,
         dense=rule.dense,
         allow_dense=space.allow_dense if rule.allow_dense is None else rule.allow_dense,

@@ -7,15 +7,18 @@ the study's. One process writes to a study at a time.
 from __future__ import annotations
 
 import json
+import sqlite3
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
@@ -29,7 +32,7 @@ from rankopt.plan import Plan
 from rankopt.result import MAXIMIZED, Entry, Progress, Result, minimized
 from rankopt.space import SearchSpace
 
-_FACTS, _DENSE, _LIMITS, _SEEDED = "rankopt:begun_with", "rankopt:dense", "rankopt:limits", "rankopt:seeded"
+_FACTS, _DENSE, _LIMITS = "rankopt:begun_with", "rankopt:dense", "rankopt:limits"
 _PLAN, _VALUES, _EXCESS, _NOTES, _REASON = "plan", "measurements", "violations", "notes", "reason"
 _MAX_FAILURES = 8
 _INTERRUPTED = "interrupted"
@@ -64,10 +67,20 @@ def open_storage(url: str | None) -> BaseStorage:
     try:
         if scheme == "journal":
             return JournalStorage(JournalFileBackend(str(path)))
-        return RDBStorage(url)
+        return RDBStorage(url, {"connect_args": {"factory": _Connection}} if scheme == "sqlite" else None)
     except Exception as error:
         text = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"storage {url}: can't be opened: {text}") from None
+
+
+class _Connection(sqlite3.Connection):
+    """Waits for the disk now and then instead of twenty times a trial; what is committed survives a killed process."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        with suppress(sqlite3.OperationalError):  # opened for reading only
+            self.execute("PRAGMA journal_mode=WAL")
+            self.execute("PRAGMA synchronous=NORMAL")
 
 
 def open_study(
@@ -93,15 +106,25 @@ def open_study(
     """
     facts = {"objectives": ", ".join(objectives), **facts}
     directions = [StudyDirection.MAXIMIZE if o in MAXIMIZED else StudyDirection.MINIMIZE for o in objectives]
-    if name not in optuna.study.get_all_study_names(storage):
-        study = optuna.create_study(storage=storage, study_name=name, directions=directions)
-        study.set_user_attr(_FACTS, dict(facts))
-    else:
-        study = optuna.load_study(study_name=name, storage=storage)
-        _check_facts(study, name, facts)
-    study.set_user_attr(_DENSE, dict(dense))
-    study.set_user_attr(_LIMITS, [str(li) for li in limits])
+    with _writable(name):
+        if name not in optuna.study.get_all_study_names(storage):
+            study = optuna.create_study(storage=storage, study_name=name, directions=directions)
+            study.set_user_attr(_FACTS, dict(facts))
+        else:
+            study = optuna.load_study(study_name=name, storage=storage)
+            _check_facts(study, name, facts)
+        study.set_user_attr(_DENSE, dict(dense))
+        study.set_user_attr(_LIMITS, [str(li) for li in limits])
     return study
+
+
+@contextmanager
+def _writable(name: str) -> Iterator[None]:
+    try:
+        yield
+    except StorageInternalError as error:
+        cause = error.__cause__ or error
+        raise InputError(f"study {name}: its storage can't be written: {str(cause).splitlines()[0]}") from error
 
 
 def run(
@@ -120,10 +143,24 @@ def run(
 
     Raises:
         RankoptError: after 8 failures in a row, with the reasons.
+        InputError: the storage can't be written.
     """
+    with _writable(study.study_name):
+        _run(study, space, evaluate, limits, trials, seed, progress)
+
+
+def _run(
+    study: optuna.Study,
+    space: SearchSpace,
+    evaluate: Evaluate,
+    limits: Sequence[Limit],
+    trials: int,
+    seed: int,
+    progress: Callable[[Progress], None],
+) -> None:
     objectives = study.user_attrs[_FACTS]["objectives"].split(", ")
     _sweep(study)
-    _seed(study, space, trials)
+    seeds = space.seeds(max(1, min(12, trials // 3)))
     start = time.perf_counter()
     frozen = study.get_trials(deepcopy=False)
     measured = {e.plan.digest: e for e in _entries(frozen, limits, study.user_attrs[_DENSE])}
@@ -131,11 +168,13 @@ def run(
     failures: list[str] = []
     while done < trials:
         waiting = any(t.state == TrialState.WAITING for t in study.get_trials(deepcopy=False))
-        if not waiting and done % 2 == 1:
+        if not waiting and done < len(seeds):
+            study.enqueue_trial(seeds[done])
+        elif not waiting and done % 2 == 1:
             focus = _focus(list(measured.values()), space, limits)
             if focus is not None:
                 study.enqueue_trial({"budget": focus})
-        study.sampler = _sampler(seed, len(study.get_trials(deepcopy=False)))
+        study.sampler = _sampler(seed, done)
         trial = study.ask()
         reason = _one(study, trial, space, evaluate, limits, objectives, measured)
         failures = [*failures, f"trial {trial.number}: {reason}"] if reason else []
@@ -221,21 +260,13 @@ def _one(
 
 
 def _sampler(seed: int, number: int) -> optuna.samplers.BaseSampler:
-    # The sampler's random state is not stored, so every trial has a sampler of its own, seeded by its number: a study
-    # that was interrupted and goes on proposes what it would have proposed without the interruption.
+    # The sampler's random state is not stored, so every trial has a sampler of its own, seeded by how many were done
+    # before: a study that was interrupted and goes on proposes what it would have proposed without the interruption.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # multivariate is marked experimental
         return optuna.samplers.TPESampler(
             seed=(seed * 1_000_003 + number) % 2**32, multivariate=True, n_startup_trials=8, n_ei_candidates=48
         )
-
-
-def _seed(study: optuna.Study, space: SearchSpace, trials: int) -> None:
-    if study.user_attrs.get(_SEEDED):
-        return
-    for values in space.seeds(max(1, min(12, trials // 3))):
-        study.enqueue_trial(values)
-    study.set_user_attr(_SEEDED, True)
 
 
 def _sweep(study: optuna.Study) -> None:
@@ -287,16 +318,15 @@ def _progress(result: Result, done: int, total: int, seconds: float) -> Progress
         best: Mapping[str, float | None] | None = result.best().measurements
     except RankoptError:
         best = None
-    points = [minimized(e.measurements, result.objectives) for e in result.front]
-    reference = [reference_value(o, result.dense) for o in result.objectives]
-    return Progress(done, total, seconds, best, hypervolume(points, reference) if points else 0.0)
+    return Progress(done, total, seconds, best, volume(result))
 
 
-def reference_value(objective: str, dense: Mapping[str, float]) -> float:
-    """The corner that hypervolumes are measured from: 3 nats, no accuracy, the dense model's cost."""
-    if objective == "kl":
-        return 3.0
-    return 0.0 if objective in MAXIMIZED else dense.get(objective, 1.0)
+def volume(result: Result) -> float:
+    """Hypervolume of the front: kl from 3 nats down, costs as shares of dense from 1 down, accuracy from 0 up."""
+    scale = np.array([1.0 if o in ("kl", *MAXIMIZED) else result.dense.get(o, 1.0) for o in result.objectives])
+    reference = [3.0 if o == "kl" else 0.0 if o in MAXIMIZED else 1.0 for o in result.objectives]
+    points = [np.array(minimized(e.measurements, result.objectives)) / scale for e in result.front]
+    return hypervolume(points, reference) if points else 0.0
 
 
 def _check_facts(study: optuna.Study, name: str, facts: Mapping[str, str]) -> None:

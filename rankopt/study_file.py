@@ -222,8 +222,11 @@ class StudyFile(Strict):
 
 
 def storage_url(text: str, base_dir: Path) -> str:
-    """An Optuna storage URL as it is; a path of a .db file, relative to `base_dir`, as an SQLite URL."""
-    return text if "://" in text else f"sqlite:///{(base_dir / Path(text).expanduser()).resolve()}"
+    """A storage URL as it is; for a path, relative to `base_dir`, that of an SQLite file (.log: of a journal file)."""
+    if "://" in text:
+        return text
+    scheme = "journal" if text.endswith((".log", ".journal")) else "sqlite"
+    return f"{scheme}:///{(base_dir / Path(text).expanduser()).resolve()}"
 
 
 def load_study(path: str | Path) -> StudyFile:

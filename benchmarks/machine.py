@@ -1,0 +1,35 @@
+"""What a record says of where it was made, and writing it."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+def described(threads: int) -> str:
+    """Versions, processor features and threads on one line."""
+    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "optuna", "tensorly", "scipy", "numpy"))
+    return (
+        f"Python {platform.python_version()}, {packages}; {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, "
+        f"{threads} thread{'s' if threads > 1 else ''}; rankopt at {_commit()}."
+    )
+
+
+def write_record(lines: list[str], path: Path | None) -> None:
+    """Print, and write to `path` where one is given."""
+    text = "\n".join(lines).rstrip() + "\n"
+    print(text)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
+    return done.stdout.strip() or "an unknown commit"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -112,8 +112,7 @@ def candidates(
         progress: called with a line of text now and then.
     """
     max_bytes = default_memory(model) if max_bytes is None else max_bytes
-    open_layers = [la for la in layers if la.skip is None and la.name in spaces and not spaces[la.name].dense]
-    groups = _grouped(open_layers, tied)
+    groups = _grouped(_open(layers, spaces), tied)
     statistics = Statistics(max_bytes // 4)
     factors = Factors(
         model, statistics if use_statistics else None, max_bytes=max_bytes // 4, polish=polish, gradient=gradient
@@ -130,6 +129,33 @@ def candidates(
             progress(f"factorizing {group[0].name}")
             found.append(_group(group, spaces[group[0].name], factors, [gathered.pop(la.name) for la in group]))
     return [g for g in found if any(choice != DENSE for choice in g.choices)], factors
+
+
+def factor_cache(
+    model: nn.Module,
+    layers: Sequence[LayerSpec],
+    spaces: Mapping[str, LayerSpace],
+    batches: Sequence[Batch],
+    divergence: Divergence,
+    *,
+    options: CalibrationOptions = CalibrationOptions(),  # noqa: B008  (frozen)
+    use_statistics: bool = True,
+    max_bytes: int | None = None,
+) -> Factors:
+    """The factors that `candidates` would give, without its predictions: enough to build plans that are known."""
+    max_bytes = default_memory(model) if max_bytes is None else max_bytes
+    statistics = Statistics(max_bytes // 4)
+    if use_statistics:
+        plain = replace(options, fisher_samples=0)
+        for chunk in _chunks([(layer,) for layer in _open(layers, spaces)], plain, max_bytes // 2):
+            gathered = calibrate(model, [layer for (layer,) in chunk], batches, divergence, plain)
+            for name, found in gathered.items():
+                statistics.put(name, found.metric)
+    return Factors(model, statistics if use_statistics else None, max_bytes=max_bytes // 4)
+
+
+def _open(layers: Sequence[LayerSpec], spaces: Mapping[str, LayerSpace]) -> list[LayerSpec]:
+    return [la for la in layers if la.skip is None and la.name in spaces and not spaces[la.name].dense]
 
 
 def default_memory(model: nn.Module) -> int:

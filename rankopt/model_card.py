@@ -67,9 +67,9 @@ def model_card(name: str, plan: Plan, measurements: Any, record: Mapping[str, An
             *(rows or ["| not measured | – | – |"]),
             "",
             "```python",
-            "from rankopt.artifact import load",
+            "import rankopt",
             "",
-            f'model = load("{name}"{argument})  # in eval mode; nothing is decomposed again',
+            f'model = rankopt.load("{name}"{argument})  # in eval mode; nothing is decomposed again',
             "```",
             "",
         ]

@@ -122,10 +122,19 @@ class Result:
         for li in limits:
             values = [v for e in known if (v := e.measurements.get(li.key)) is not None]
             extreme = (max(values) if li.op == ">=" else min(values)) if values else None
-            texts.append(f"{li} (reached: {li.key} {extreme:.6g})" if extreme is not None else f"{li} (never measured)")
+            texts.append(f"{li} ({self._reached(li, extreme)})")
         return (
             f"none of {len(known)} measured plans keeps all limits: {', '.join(texts)}; allow more, or run more trials"
         )
+
+    def _reached(self, limit: Limit, extreme: float | None) -> str:
+        if extreme is None:
+            return "never measured"
+        if limit.relative == "dense":
+            return f"reached: {extreme / self.dense[limit.key]:.1%} of dense"
+        if limit.relative == "change":
+            return f"reached: {extreme - self.dense[limit.key]:+.4g}"
+        return f"reached: {extreme:.6g}"
 
 
 def minimized(values: Mapping[str, float | None], quantities: Sequence[str]) -> tuple[float, ...]:

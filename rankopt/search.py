@@ -20,7 +20,7 @@ from torch import nn
 from rankopt import artifact
 from rankopt.batches import Batch, as_batches, concatenate, count, digest, split
 from rankopt.calibration import CalibrationOptions
-from rankopt.candidates import Group, candidates, default_memory
+from rankopt.candidates import Group, candidates, default_memory, factor_cache
 from rankopt.cost import Cost
 from rankopt.cost import count as count_costs
 from rankopt.divergence import Divergence
@@ -185,6 +185,22 @@ class Search:
         )
 
     @property
+    def _factors(self) -> Factors:
+        """The factors; without a search there is no need for the candidates and their predicted losses."""
+        if "_prepared" in self.__dict__:
+            return self._prepared[1]
+        return factor_cache(
+            self.model,
+            self.layers,
+            self.spaces,
+            self.calibration,
+            self.divergence,
+            options=self.options,
+            use_statistics=self.space_file.statistics,
+            max_bytes=self.memory,
+        )
+
+    @property
     def groups(self) -> list[Group]:
         """The candidates of every layer."""
         return self._prepared[0]
@@ -222,7 +238,7 @@ class Search:
         return Evaluator(
             self.model,
             self.layers,
-            self._prepared[1],
+            self._factors,
             self.cost,
             self.validation,
             self.divergence,

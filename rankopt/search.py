@@ -112,9 +112,9 @@ class Search:
         self.space_file = load_space(space)
         self.refit_options, self.refit_samples, self.bn = refit, refit_samples, bn
         self.options = options or CalibrationOptions(seed=seed)
-        self.memory = default_memory(model) if memory is None else memory
         self.layers = find_layers(model, example_input, example_kwargs)
         self.fingerprint = fingerprint(model, self.layers)
+        self.memory = default_memory(model) if memory is None else memory
         self.spaces = resolve(self.space_file, self.layers)
         first = self.calibration[0]
         self.divergence = Divergence.of(
@@ -373,7 +373,7 @@ def search(
     """
     if target not in (None, "none"):
         raise InputError(f"target: {target!r} is not known; known: none")
-    for key, value, least in (("trials", trials, 1), ("seed", seed, 0)):
+    for key, value, least in (("trials", trials, 1), ("seed", seed, 0), ("memory", memory or 0, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{key}: must be a whole number from {least}, got {value!r}")
     for key, text in (("storage", storage), ("name", name)):

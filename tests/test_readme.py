@@ -1,0 +1,196 @@
+"""The README and docs/ are run: Python blocks, commands, study and search-space files, and every table of names."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from pydantic import BaseModel
+
+from rankopt.callables import load_callable
+from rankopt.decompositions import table
+from rankopt.limits import parse_limit
+from rankopt.space_file import Keep, Space, load_space, names
+from rankopt.study_file import StudyFile, load_study
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def section(title: str) -> str:
+    """The part of the README under a heading."""
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def commands() -> list[list[str]]:
+    return [shlex.split(line) for block in blocks(README, "sh") for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a copy of the studies and none of their results; threads are set back afterwards."""
+    shutil.copytree(ROOT / "studies", tmp_path / "studies", ignore=shutil.ignore_patterns("runs", "__pycache__"))
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)
+
+
+def test_python_blocks_run(elsewhere: Path) -> None:
+    torch.manual_seed(0)
+    space: dict[str, Any] = {}
+    for block in blocks(README, "python"):
+        exec(compile(block, "README.md", "exec"), space)
+    assert (elsewhere / "compressed" / "plan.json").is_file()
+    assert space["best"].measurements["macs_kept"] <= 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_commands_run(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rankopt.cli import main
+
+    before = sorted((ROOT / "studies").rglob("*"))
+    for command in commands():
+        if command[0] == "rankopt":
+            assert main(command[1:]) == 0, f"{shlex.join(command)}: {capsys.readouterr().err}"
+    for saved in ("compressed", "smaller", "again"):
+        assert (elsewhere / saved / "model.safetensors").is_file()
+    assert sorted((ROOT / "studies").rglob("*")) == before
+
+
+def test_commands_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {command[0] for command in commands()} == {"rankopt", "make", "pip"}
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    assert {target for target in re.findall(r"`?make ([a-z-]+)`?$|`make ([a-z-]+)`", README, re.MULTILINE)}
+    for found in re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE):
+        assert found in targets
+    for command in commands():
+        if command[0] == "pip":
+            extras = re.findall(r"\[(\w+)\]", " ".join(command))
+            assert set(extras) <= set(project["optional-dependencies"])
+    pins = re.findall(r"torch==[\d.]+", README)
+    assert pins
+    assert all(pin in makefile for pin in pins)
+
+
+def test_every_verb_is_described() -> None:
+    import typer
+
+    from rankopt.cli import app
+
+    verbs = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    rows = re.findall(r"^\| `(\w+) .*` \|", section("From the command line"), re.MULTILINE)
+    assert set(rows) == verbs == {command[1] for command in commands() if command[0] == "rankopt"}
+
+
+def keys(model: type[BaseModel], given: dict[str, Any]) -> None:
+    assert set(given) == set(model.model_fields)
+
+
+def test_the_study_example_reads_and_names_every_key(elsewhere: Path) -> None:
+    (text,) = blocks(section("Study files"), "yaml")
+    path = elsewhere / "studies" / "example.yaml"
+    path.write_text(text, encoding="utf-8")
+    study = load_study(path)
+    given = yaml.safe_load(text)
+    keys(StudyFile, given)
+    make = load_callable(study.model.call, study.base_dir)
+    assert inspect.signature(make).bind(**study.model.args)
+    assert {key: len(batches) > 0 for key, batches in study.splits().items()} == dict.fromkeys(study.splits(), True)
+    assert study.example()[0][0].shape == (1, 1, 8, 8)
+    # what it calls the default is the default
+    plain = StudyFile.model_validate({"model": "m:f", "data": "m:f"})
+    for key in ("metric", "space", "seed", "refit", "recovery", "output", "target"):
+        expected = getattr(plain, key)
+        got = getattr(study, key)
+        assert got == expected or key == "refit", key
+    assert study.refit.enabled == plain.refit.enabled
+    assert plain.refit.samples is None
+    assert plain.threads == 1
+    assert study.storage_url == f"sqlite:///{elsewhere / 'studies' / 'runs' / 'digits.db'}"
+
+
+def test_the_space_example_reads_and_names_every_key() -> None:
+    (text,) = blocks(section("Search spaces"), "yaml")
+    given = yaml.safe_load(text)
+    space = load_space(given)
+    keys(Space, given)
+    keys(Keep, {**given["keep"], "values": "the short form"})
+    named = {key for rule in given["rules"] for key in rule}
+    assert named == set(type(space.rules[0]).model_fields)
+    ready = re.findall(r"`(\w+)`", section("Search spaces").split("Ready spaces:")[1])
+    assert sorted(ready) == names()
+
+
+def test_every_method_has_a_row() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|", section("Decompositions"), re.MULTILINE)
+    assert [name for name, _, _ in rows] == [*table(), "dense"]
+    from torch import nn
+
+    from rankopt.layers import find_layers
+
+    layers = {
+        "Linear": find_layers(nn.Sequential(nn.Linear(6, 6)), torch.randn(1, 6))[0],
+        "depthwise": find_layers(nn.Sequential(nn.Conv2d(4, 4, 3, groups=4)), torch.randn(1, 4, 5, 5))[0],
+        "convolution": find_layers(nn.Sequential(nn.Conv3d(4, 4, 3)), torch.randn(1, 4, 5, 5, 5))[0],
+    }
+    for name, fits, ranks in rows[:-1]:
+        way = table()[name]
+        assert (way.why_not(layers["Linear"]) is None) == ("Linear" in fits), name
+        assert (way.why_not(layers["depthwise"]) is None) == ("not depthwise" not in fits), name
+        assert way.why_not(layers["convolution"]) is None
+        written = re.findall(r"`(\w+)`", ranks)
+        have = way.rank_names(layers["convolution"])
+        assert tuple(written) == have[: len(written)]
+        assert len(written) == len(have) or "…" in ranks
+
+
+def test_every_limit_reads() -> None:
+    limits = re.findall(r"`([a-z_0-9]+[<>]=[^`]+)`", section("Limits"))
+    assert len(limits) >= 10
+    for limit in limits:
+        parse_limit(limit)
+
+
+@pytest.mark.parametrize("text", [README, ARCHITECTURE], ids=["README", "architecture"])
+def test_links_lead_somewhere(text: str) -> None:
+    base = ROOT if text is README else ROOT / "docs"
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if "://" not in target:
+            assert (base / target).exists(), target
+    headings = {
+        re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)
+    }
+    for anchor in re.findall(r"\]\(#([^)]+)\)", text):
+        assert anchor in headings
+
+
+@pytest.mark.slow
+def test_the_method_in_the_architecture_keeps_the_contract(tmp_path: Path) -> None:
+    (block,) = blocks(ARCHITECTURE, "python")
+    (tmp_path / "test_sketched.py").write_text(block, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_sketched.py"],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:]

@@ -13,8 +13,9 @@ import torch
 def described(threads: int) -> str:
     """Versions, processor features and threads on one line."""
     packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "optuna", "tensorly", "scipy", "numpy"))
+    machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return (
-        f"Python {platform.python_version()}, {packages}; {platform.machine()} {torch.backends.cpu.get_cpu_capability()}, "
+        f"Python {platform.python_version()}, {packages}; {machine}, "
         f"{threads} thread{'s' if threads > 1 else ''}; rankopt at {_commit()}."
     )
 

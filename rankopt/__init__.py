@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from rankopt.layer_spec import LayerSpec
     from rankopt.layers import find_layers
     from rankopt.limits import Limit, parse_limit
+    from rankopt.one_call import search
     from rankopt.plan import LayerChoice, Plan
     from rankopt.result import Entry, Result
-    from rankopt.search import Search, search
+    from rankopt.search import Search
     from rankopt.study_file import load_study
     from rankopt.surgery import apply
 
@@ -40,7 +41,7 @@ _HOMES = {
     "load": "artifact",
     "load_study": "study_file",
     "parse_limit": "limits",
-    "search": "search",
+    "search": "one_call",
 }
 
 __all__ = [

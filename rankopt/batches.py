@@ -107,6 +107,18 @@ def concatenate(batches: Sequence[Batch]) -> Batch | None:
         return None
 
 
+def first(batches: Sequence[Batch], samples: int | None) -> list[Batch]:
+    """The first samples (None: all), in one batch where their shapes allow."""
+    taken: list[Batch] = []
+    for batch in batches:
+        left = None if samples is None else samples - count(taken)
+        if left is not None and left <= 0:
+            break
+        taken.append(batch if left is None or len(batch) <= left else batch.take(slice(0, left)))
+    whole = concatenate(taken)
+    return [whole] if whole is not None else taken
+
+
 def split(batches: Sequence[Batch], fraction: float, seed: int = 0) -> tuple[list[Batch], list[Batch]]:
     """Hold back a share of the samples, drawn at random; returns (the rest, those held back), each in its old order."""
     total = count(batches)

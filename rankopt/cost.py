@@ -122,7 +122,7 @@ def count(
         others = f" (and {len(watch.uncounted) - 1} more)" if len(watch.uncounted) > 1 else ""
         raise UncountedOperationError(
             f"count: {place} runs {operation}{others}, whose arithmetic no counter knows; "
-            f"rewrite it with PyTorch's own products, or pass allow=({operation!r},) to count it as nothing"
+            f"rewrite it with PyTorch's own products, or name it in allow ([{operation!r}]) to count it as nothing"
         )
     return Cost(counter.get_total_flops() // 2, total_params(model))
 

@@ -1,4 +1,4 @@
-"""`search` and `Search`: from a trained model, data and limits to measured plans and a smaller model.
+"""`Search`: from a trained model, data and limits to measured plans and a smaller model.
 
 This is where the torch half and the study meet: everything is prepared in the order of the data flow, and the loop is
 handed a function that turns a plan into measurements.
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from rankopt import artifact
-from rankopt.batches import Batch, as_batches, concatenate, count, digest, split
+from rankopt.batches import Batch, count, digest, first, split
 from rankopt.calibration import CalibrationOptions
 from rankopt.candidates import Group, candidates, default_memory, factor_cache
 from rankopt.cost import Cost
@@ -28,7 +28,7 @@ from rankopt.errors import DataError, InputError, LimitError, PlanError, Uncount
 from rankopt.evaluate import Evaluator, Metric
 from rankopt.factors import Factors
 from rankopt.layers import find_layers, fingerprint, run_once
-from rankopt.limits import Limit, parse_limit
+from rankopt.limits import Limit
 from rankopt.plan import Plan
 from rankopt.refit import Refit, RefitOptions
 from rankopt.result import Entry, Progress, Result
@@ -65,8 +65,8 @@ class Search:
         memory: bytes to work with besides the dense and a compressed model (None: a quarter of the weights, and at
             least 1 GiB). Layers are calibrated in chunks, factors wait on disk, and the refit takes fewer output
             positions where this is not enough.
+        allow: operations that no counter knows and that shall count as nothing, e.g. ``["mylib::op"]``.
         source: where the model's class is found, ``package.module:Name``; recorded in artifacts.
-        dense: makes a fresh dense model to check saved artifacts with (default: a copy of `model`).
     """
 
     def __init__(
@@ -94,9 +94,10 @@ class Search:
         options: CalibrationOptions | None = None,
         threads: int | None = None,
         memory: int | None = None,
+        allow: Sequence[str] = (),
         source: str | None = None,
     ) -> None:
-        self.model, self.source = model, source
+        self.model, self.source, self.allow = model, source, tuple(allow)
         self.example, self.example_kwargs = example_input, dict(example_kwargs or {})
         if threads is not None:
             torch.set_num_threads(threads)
@@ -116,9 +117,9 @@ class Search:
         self.fingerprint = fingerprint(model, self.layers)
         self.memory = default_memory(model) if memory is None else memory
         self.spaces = resolve(self.space_file, self.layers)
-        first = self.calibration[0]
+        batch = self.calibration[0]
         self.divergence = Divergence.of(
-            run_once(model, first.args, first.kwargs, "calibration data"), output, class_dim
+            run_once(model, batch.args, batch.kwargs, "calibration data"), output, class_dim
         )
         self._progress: Callable[[Progress], None] = lambda p: None
 
@@ -158,6 +159,7 @@ class Search:
             bn=file.recovery.bn,
             output=file.output.kind,
             class_dim=file.output.class_dim,
+            allow=file.allow,
             source=None if spec.partition(":")[0].endswith(".py") else spec,
         )
 
@@ -165,7 +167,7 @@ class Search:
     def cost(self) -> Cost:
         """MACs and parameters of the dense model; where an operation can't be counted, an error that names it."""
         try:
-            return count_costs(self.model, self.example, self.example_kwargs)
+            return count_costs(self.model, self.example, self.example_kwargs, allow=self.allow)
         except UncountedOperationError as error:
             raise UncountedOperationError(f"MACs of the dense model: {error.message}") from None
 
@@ -234,7 +236,7 @@ class Search:
             rows = max(1, min(self.refit_options.max_rows, self.memory // (8 * max(width, 1))))  # half the memory
             samples = rows if self.refit_samples is None else min(self.refit_samples, rows)
             options = replace(self.refit_options, max_rows=rows)
-            refit = Refit(self.model, self.layers, _first(self.calibration, samples), options)
+            refit = Refit(self.model, self.layers, first(self.calibration, samples), options)
         return Evaluator(
             self.model,
             self.layers,
@@ -323,94 +325,6 @@ class Search:
         }
 
 
-def search(
-    model: nn.Module,
-    example_input: Any,
-    example_kwargs: Mapping[str, Any] | None = None,
-    *,
-    calibration: Any,
-    evaluate: Callable[[nn.Module], float] | None = None,
-    limits: Sequence[str | Limit] = ("macs<=50%",),
-    trials: int = 64,
-    target: str | None = None,
-    storage: str | None = None,
-    seed: int = 0,
-    space: str | Path | Mapping[str, Any] | None = None,
-    objectives: Sequence[str] | None = None,
-    name: str = "study",
-    progress: Callable[[Progress], None] | None = None,
-    samples: int | None = None,
-    memory: int | None = None,
-) -> Result:
-    """Find compressed versions of a trained model that keep the limits.
-
-    Args:
-        model: the trained model; it is not changed.
-        example_input: a tensor, or the tuple of positional arguments; MACs are counted for it.
-        example_kwargs: keyword arguments of that call.
-        calibration: an iterable of batches (see `as_batches`), a third of which is held back to judge plans by their
-            kl to the dense model. Labels are not needed.
-        evaluate: your own metric, higher is better; called with every candidate model in eval mode. Without it kl
-            decides.
-        limits: e.g. ``["macs<=50%", "accuracy>=-0.5"]``.
-        trials: plans to measure.
-        target: where latency is measured; none so far.
-        storage: an Optuna storage URL or a file (.db, .log); running again goes on there. None: in memory.
-        seed: of everything that is random.
-        space: a ready search space, a path or a mapping.
-        objectives: e.g. ``["accuracy", "macs"]``.
-        name: of the study in the storage.
-        progress: called after every trial.
-        samples: at most so many calibration samples.
-        memory: bytes to work with besides the dense and a compressed model; see `Search`.
-
-    Returns:
-        A `Result`: ``.front``, ``.best()``; each entry has ``.plan``, ``.measurements``, ``.build()``, ``.save(dir)``.
-
-    Raises:
-        InputError: something given is wrong; one line.
-        InfeasibleError: nothing can keep the limits; says what is reachable.
-    """
-    if target not in (None, "none"):
-        raise InputError(f"target: {target!r} is not known; known: none")
-    for key, value, least in (("trials", trials, 1), ("seed", seed, 0), ("memory", memory or 0, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(f"{key}: must be a whole number from {least}, got {value!r}")
-    for key, text in (("storage", storage), ("name", name)):
-        if text is not None and not (isinstance(text, str) and text.strip()):
-            raise InputError(f"{key}: must be a text, got {text!r}")
-    metric: Metric | None = None
-    if evaluate is not None:
-        if not callable(evaluate):
-            raise InputError(f"evaluate: needs a callable module -> float, got {type(evaluate).__name__}")
-        metric = lambda module, batches: evaluate(module)  # noqa: E731
-    parsed = [li if isinstance(li, Limit) else parse_limit(li) for li in _listed(limits)]
-    run = Search(
-        model,
-        example_input,
-        example_kwargs,
-        calibration=as_batches(calibration, samples=samples),
-        metric=metric,
-        limits=parsed,
-        objectives=objectives,
-        space=space,
-        trials=trials,
-        seed=seed,
-        storage=storage,
-        name=name,
-        memory=memory,
-    )
-    return run.run(progress)
-
-
-def _listed(limits: Any) -> Sequence[Any]:
-    if isinstance(limits, str | Limit):
-        return [limits]
-    if not isinstance(limits, Sequence):
-        raise LimitError(f"limits: needs a list such as ['macs<=50%'], got {limits!r}")
-    return limits
-
-
 def _checked_objectives(given: Sequence[str] | None, metric: Any) -> tuple[str, ...]:
     """The objectives, or the default: accuracy (kl without a metric) and macs."""
     if given is None or (not isinstance(given, str) and len(given) == 0):
@@ -432,15 +346,3 @@ def _supported(limit: Limit, metric: Any) -> Limit:
     if limit.quantity == "accuracy" and not metric:
         raise LimitError(f"limit {str(limit)!r}: accuracy needs a metric other than kl")
     return limit
-
-
-def _first(batches: Sequence[Batch], samples: int | None) -> list[Batch]:
-    """The first samples, in one batch where their shapes allow."""
-    taken: list[Batch] = []
-    for batch in batches:
-        left = None if samples is None else samples - count(taken)
-        if left is not None and left <= 0:
-            break
-        taken.append(batch if left is None or len(batch) <= left else batch.take(slice(0, left)))
-    whole = concatenate(taken)
-    return [whole] if whole is not None else taken

@@ -127,6 +127,7 @@ class StudyFile(Strict):
     refit: RefitSpec = RefitSpec()
     recovery: RecoverySpec = RecoverySpec()
     output: OutputSpec = OutputSpec()
+    allow: list[str] = Field(default_factory=list)
     _path: Path = PrivateAttr(Path("study.yaml"))
     _splits: dict[str, list[Batch]] | None = PrivateAttr(None)
 

@@ -302,7 +302,7 @@ def test_the_function_is_not_hidden_by_the_file_of_its_name() -> None:
 
     module = importlib.import_module("rankopt.search")
     for _ in range(2):
-        assert rankopt.search is module.search
+        assert rankopt.search is importlib.import_module("rankopt.one_call").search
     assert rankopt.Search is module.Search
 
 

@@ -1,0 +1,107 @@
+"""`search`: the whole job in one call, from a trained model and limits to measured plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rankopt.batches import as_batches
+from rankopt.errors import InputError, LimitError
+from rankopt.evaluate import Metric
+from rankopt.limits import Limit, parse_limit
+from rankopt.result import Progress, Result
+from rankopt.search import Search
+
+
+def search(
+    model: nn.Module,
+    example_input: Any,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    calibration: Any,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    limits: Sequence[str | Limit] = ("macs<=50%",),
+    trials: int = 64,
+    target: str | None = None,
+    storage: str | None = None,
+    seed: int = 0,
+    space: str | Path | Mapping[str, Any] | None = None,
+    objectives: Sequence[str] | None = None,
+    name: str = "study",
+    progress: Callable[[Progress], None] | None = None,
+    samples: int | None = None,
+    memory: int | None = None,
+    allow: Sequence[str] = (),
+) -> Result:
+    """Find compressed versions of a trained model that keep the limits.
+
+    Args:
+        model: the trained model; it is not changed.
+        example_input: a tensor, or the tuple of positional arguments; MACs are counted for it.
+        example_kwargs: keyword arguments of that call.
+        calibration: an iterable of batches (see `as_batches`), a third of which is held back to judge plans by their
+            kl to the dense model. Labels are not needed.
+        evaluate: your own metric, higher is better; called with every candidate model in eval mode. Without it kl
+            decides.
+        limits: e.g. ``["macs<=50%", "accuracy>=-0.5"]``.
+        trials: plans to measure.
+        target: where latency is measured; none so far.
+        storage: an Optuna storage URL or a file (.db, .log); running again goes on there. None: in memory.
+        seed: of everything that is random.
+        space: a ready search space, a path or a mapping.
+        objectives: e.g. ``["accuracy", "macs"]``.
+        name: of the study in the storage.
+        progress: called after every trial.
+        samples: at most so many calibration samples.
+        memory: bytes to work with besides the dense and a compressed model; see `Search`.
+        allow: operations that no counter knows and that shall count as nothing; see `Search`.
+
+    Returns:
+        A `Result`: ``.front``, ``.best()``; each entry has ``.plan``, ``.measurements``, ``.build()``, ``.save(dir)``.
+
+    Raises:
+        InputError: something given is wrong; one line.
+        InfeasibleError: nothing can keep the limits; says what is reachable.
+    """
+    if target not in (None, "none"):
+        raise InputError(f"target: {target!r} is not known; known: none")
+    for key, value, least in (("trials", trials, 1), ("seed", seed, 0), ("memory", memory or 0, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(f"{key}: must be a whole number from {least}, got {value!r}")
+    for key, text in (("storage", storage), ("name", name)):
+        if text is not None and not (isinstance(text, str) and text.strip()):
+            raise InputError(f"{key}: must be a text, got {text!r}")
+    metric: Metric | None = None
+    if evaluate is not None:
+        if not callable(evaluate):
+            raise InputError(f"evaluate: needs a callable module -> float, got {type(evaluate).__name__}")
+        metric = lambda module, batches: evaluate(module)  # noqa: E731
+    parsed = [li if isinstance(li, Limit) else parse_limit(li) for li in _listed(limits)]
+    run = Search(
+        model,
+        example_input,
+        example_kwargs,
+        calibration=as_batches(calibration, samples=samples),
+        metric=metric,
+        limits=parsed,
+        objectives=objectives,
+        space=space,
+        trials=trials,
+        seed=seed,
+        storage=storage,
+        name=name,
+        memory=memory,
+        allow=allow,
+    )
+    return run.run(progress)
+
+
+def _listed(limits: Any) -> Sequence[Any]:
+    if isinstance(limits, str | Limit):
+        return [limits]
+    if not isinstance(limits, Sequence):
+        raise LimitError(f"limits: needs a list such as ['macs<=50%'], got {limits!r}")
+    return limits

@@ -47,7 +47,6 @@ def search(memory: int | None, samples: int = 48) -> Search:
     )
 
 
-@pytest.mark.slow  # the resident set also depends on the allocator and on what else the machine does
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident set from /proc")
 def test_the_resident_set_does_not_grow_with_the_number_of_layers() -> None:
     """24 layers of 512 × 512: unbounded, their statistics and factors take 200 MiB; the allowance is 16 MiB.

@@ -9,6 +9,7 @@
     │   ├── LimitError             a limit that can't be read
     │   ├── StudyFileError         a study or search-space file; names the key
     │   ├── StudyMismatchError     a study opened again with something else than it was begun with
+    │   ├── ConditionsError        times measured under different conditions would be mixed
     │   ├── DataError              batches, labels or outputs of the wrong form
     │   └── ArtifactError          a directory that does not hold what it should
     ├── InfeasibleError            no plan meets the limits; says what is reachable
@@ -52,6 +53,10 @@ class StudyFileError(InputError):
 
 class StudyMismatchError(InputError):
     """A stored study that was begun with another model, data, space or other objectives."""
+
+
+class ConditionsError(InputError):
+    """Measurements of different devices, runtimes or settings would be mixed; names what differs."""
 
 
 class DataError(InputError):

@@ -7,12 +7,12 @@ import math
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from rankopt.errors import ArtifactError
+from rankopt.machine import processor
 from rankopt.plan import Plan
 
 
@@ -23,7 +23,7 @@ def environment() -> dict[str, str]:
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": processor(),
     }
     if torch.cuda.is_initialized():  # asking otherwise would make a CUDA context
         found["gpu"] = torch.cuda.get_device_name()
@@ -97,13 +97,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "unknown"
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -1,0 +1,78 @@
+"""What machine this is: the conditions that every measurement on it shares, and the lock that serializes them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+from filelock import FileLock
+
+_GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+
+
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        found = {k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+        for key in ("model name", "hardware", "cpu model"):
+            if found.get(key):
+                return found[key]
+    return platform.processor() or platform.machine()
+
+
+def cpu_conditions() -> dict[str, str]:
+    """Processor, architecture, cores, and the frequency governor where it can be read."""
+    found = {
+        "device": "cpu",
+        "processor": processor(),
+        "architecture": platform.machine(),
+        "cores": str(os.cpu_count()),
+        "system": platform.system(),
+    }
+    with suppress(OSError):
+        found["governor"] = _GOVERNOR.read_text(encoding="utf-8").strip()
+    return found
+
+
+@contextmanager
+def device_lock(device: str) -> Iterator[None]:
+    """Only one process of this machine measures on `device` at a time; the others wait.
+
+    The operating system takes the lock back when its holder is killed.
+    """
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", device)
+    path = Path(tempfile.gettempdir()) / f"rankopt-measuring-{name}.lock"
+    with FileLock(path, mode=0o666, is_singleton=True):
+        yield
+
+
+class OthersLoad:
+    """How many cores other processes keep busy, from `__init__` to `__call__`."""
+
+    def __init__(self) -> None:
+        self._before = self._read()
+
+    def __call__(self) -> float:
+        """Cores, at least 0; 0 where the system does not say or the time was too short to tell."""
+        (busy, own, whole), (busy0, own0, whole0) = self._read(), self._before
+        seconds = (whole - whole0) / max(os.cpu_count() or 1, 1)
+        if seconds < 0.2:  # the system counts in hundredths of a second
+            return 0.0
+        return max(0.0, (busy - busy0 - (own - own0)) / seconds)
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        try:
+            all_cores, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        except (psutil.Error, OSError):
+            return 0.0, 0.0, 0.0
+        whole = float(sum(all_cores)) - float(getattr(all_cores, "guest", 0) + getattr(all_cores, "guest_nice", 0))
+        idle = float(all_cores.idle) + float(getattr(all_cores, "iowait", 0))
+        return whole - idle, float(own.user + own.system + own.children_user + own.children_system), whole

@@ -1,0 +1,119 @@
+"""`exported`: modules as ONNX models, by torch.onnx. Many small ones are exported together, which saves much time."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankopt.errors import InputError
+from rankopt.targets.target import Subject
+
+_TOGETHER_NUMBERS = 32 * 2**20  # parameters of what is exported in one go
+_LARGEST = 2**31 - 2**20  # what one ONNX file without side files can hold
+
+
+def exported(subjects: Sequence[Subject]) -> list[bytes]:
+    """Every subject as a serialized ONNX model, kept in `Subject.onnx`.
+
+    Shapes are those of the subject's inputs.
+
+    Raises:
+        InputError: a package is missing, a module can't be exported, or is larger than 2 GiB.
+    """
+    waiting = [s for s in subjects if s.onnx is None]
+    for group in _groups(waiting):
+        models = _together(group) if len(group) > 1 else None
+        for subject, model in zip(group, models or map(_alone, group), strict=True):
+            if model.ByteSize() > _LARGEST:
+                raise InputError("onnx: the model is larger than the 2 GiB that an ONNX file holds; measure with torch")
+            subject.onnx = model.SerializeToString()
+    return [s.onnx for s in subjects if s.onnx is not None]
+
+
+def _groups(subjects: Sequence[Subject]) -> Iterator[list[Subject]]:
+    """Runs of subjects that share one and the same input, up to a total size."""
+    group: list[Subject] = []
+    held = 0
+    for subject in subjects:
+        size = sum(p.numel() for p in subject.module.parameters())
+        fits = group and held + size <= _TOGETHER_NUMBERS and subject.args is group[0].args and not subject.kwargs
+        if group and not fits:
+            yield group
+            group, held = [], 0
+        group.append(subject)
+        held += size
+    if group:
+        yield group
+
+
+class _Side(nn.Module):
+    """All modules on one input."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.all = nn.ModuleList(modules)
+
+    def forward(self, *args: Any) -> tuple[Any, ...]:
+        return tuple(module(*args) for module in self.all)
+
+
+def _together(group: Sequence[Subject]) -> list[Any] | None:
+    """One export, cut into its branches; None where that does not work (an output that is no single tensor)."""
+    from onnx.utils import Extractor
+
+    names = [f"out_{n}" for n in range(len(group))]
+    try:
+        model = _export(_Side([s.module for s in group]).eval(), group[0].args, {}, names)
+        if [o.name for o in model.graph.output] != names:
+            return None
+        inputs = [i.name for i in model.graph.input]
+        extractor = Extractor(model)
+        return [extractor.extract_model(inputs, [name]) for name in names]
+    except InputError:
+        raise
+    except Exception:  # each on its own then, and what is wrong with one is said of that one
+        return None
+
+
+def _alone(subject: Subject) -> Any:
+    try:
+        return _export(subject.module, subject.args, dict(subject.kwargs), None)
+    except InputError:
+        raise
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [""])[0]
+        raise InputError(
+            f"onnx: {type(subject.module).__name__} can't be exported: {type(error).__name__}: {text[:200]}"
+        ) from error
+
+
+def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str] | None) -> Any:
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise InputError("onnx: needs the packages onnx and onnxscript; pip install 'rankopt[onnx]'") from None
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(module, args, kwargs=kwargs or None, dynamo=True, output_names=names, verbose=False)
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned nothing")
+    return program.model_proto
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter reports its steps, and warns of its own internals."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

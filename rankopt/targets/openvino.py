@@ -1,0 +1,77 @@
+"""``openvino``: OpenVINO on the CPU or another of its devices, from the exported ONNX model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+from rankopt.errors import InputError
+from rankopt.machine import cpu_conditions
+from rankopt.targets.onnxruntime import arrays
+from rankopt.targets.target import LocalTarget, Subject
+from rankopt.targets.torch_cpu import first_line
+from rankopt.timing import Timed, each
+
+
+class OpenVino(LocalTarget):
+    """OpenVINO, one stream.
+
+    Attributes:
+        threads: of the CPU plugin.
+        precision: what it may compute in. Left to itself OpenVINO takes bfloat16 where the processor has it, so it is
+            always stated.
+        on: the device, as OpenVINO calls it: CPU, GPU, NPU.
+    """
+
+    name: ClassVar[str] = "openvino"
+    precision: Literal["f32", "bf16", "f16"] = "f32"
+    on: str = "CPU"
+
+    @property
+    def device(self) -> str:
+        """What is locked: the CPU, or the device's own name."""
+        return self.on.lower()
+
+    def conditions(self) -> dict[str, str]:
+        """Machine, version, device, precision, threads."""
+        openvino = _openvino()
+        known = openvino.Core().available_devices
+        if self.on not in known:
+            raise InputError(f"target {self.called}: no device {self.on!r}; there are {', '.join(known)}")
+        return {
+            "target": self.name,
+            **cpu_conditions(),
+            "runtime": f"openvino {openvino.__version__.partition('-')[0]}",
+            "plugin": self.on,
+            "threads": str(self.threads),
+            "dtype": self.precision,
+        }
+
+    def prepare(self, subjects: Sequence[Subject]) -> list[Timed]:
+        """Exported and compiled."""
+        from rankopt.onnx_file import exported
+
+        core = _openvino().Core()
+        return [each(self._compiled(core, m, s)) for m, s in zip(exported(subjects), subjects, strict=True)]
+
+    def _compiled(self, core: Any, model: bytes, subject: Subject) -> Callable[[], Any]:
+        openvino = _openvino()
+        options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": self.precision}
+        if self.on == "CPU":
+            options |= {"INFERENCE_NUM_THREADS": self.threads, "NUM_STREAMS": 1}
+        try:
+            request = core.compile_model(core.read_model(model), self.on, options).create_infer_request()
+            for n, array in enumerate(arrays(subject)):
+                request.set_input_tensor(n, openvino.Tensor(array))
+            request.infer()
+        except Exception as error:
+            raise InputError(f"target {self.called}: the model can't be run: {first_line(error)}") from error
+        return lambda: request.infer()
+
+
+def _openvino() -> Any:
+    try:
+        import openvino
+    except ImportError:
+        raise InputError("target openvino: is not installed; pip install 'rankopt[openvino]'") from None
+    return openvino

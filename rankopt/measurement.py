@@ -79,8 +79,12 @@ class Measurement:
             InputError: there are no runs, or one is not a number above 0.
         """
         runs = np.concatenate([np.asarray(r, float) for r in rounds]) if rounds else np.zeros(0)
-        if len(runs) == 0 or not np.isfinite(runs).all() or (runs <= 0).any():
-            raise InputError(f"measurement: needs runs that took a time above 0, got {list(runs[:4])}")
+        bad = runs[~(np.isfinite(runs) & (runs > 0))]
+        if len(bad) or any(len(r) == 0 for r in [*rounds, *(reference or [])]) or not rounds:
+            given = f"a time of {bad[0]:g}" if len(bad) else "a round without any"
+            raise InputError(f"measurement: needs runs that took a time above 0, got {given}")
+        if reference is not None and len(reference) != len(rounds):
+            raise InputError(f"measurement: {len(rounds)} rounds can't be compared with {len(reference)}")
         medians = np.array([np.median(r) for r in rounds])
         low, middle, high, p95 = np.quantile(runs, [0.25, 0.5, 0.75, 0.95])
         found = cls(
@@ -124,8 +128,9 @@ class Measurement:
         return f"noisy: {' and '.join(parts)}{again}" if parts else ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form, without the conditions (a file holds those once)."""
-        return {k: v for k, v in asdict(replace(self, conditions={})).items() if k != "conditions" and v is not None}
+        """The JSON form, without the conditions (a file holds those once) and without what is not known."""
+        found = asdict(replace(self, conditions={}))
+        return {k: v for k, v in found.items() if k != "conditions" and v is not None and v != math.inf}
 
     @classmethod
     def from_dict(
@@ -136,13 +141,21 @@ class Measurement:
         if not isinstance(data, dict) or set(data) - set(types):
             raise InputError(f"{where}: needs an object of {', '.join(types)}, got {str(data)[:80]}")
         for key, value in data.items():
-            good = isinstance(value, str) if key == "unit" else _is_number(value)
+            if key == "unit":
+                needed, good = "text", isinstance(value, str)
+            elif key in ("n", "repeats"):
+                needed, good = "a whole number", _is_number(value) and isinstance(value, int) and value >= 0
+            elif key == "value":
+                needed, good = "a number above 0", _is_number(value) and value > 0
+            else:
+                needed, good = "a number of at least 0", _is_number(value) and value >= 0
             if not good:
-                raise InputError(f"{where}: {key} must be a {'text' if key == 'unit' else 'number'}, got {value!r}")
-        missing = [k for k in ("value", "unit", "n", "low", "high", "p95", "error") if k not in data]
+                raise InputError(f"{where}: {key} must be {needed}, got {str(value)[:40]!r}")
+        missing = [k for k in ("value", "unit", "n", "low", "high", "p95") if k not in data]
         if missing:
             raise InputError(f"{where}: {missing[0]} is needed")
-        return cls(**data, conditions=dict(conditions or {}))
+        unknown = {"error": math.inf, **({"kept_error": math.inf} if "kept" in data else {})}
+        return cls(**{**unknown, **data}, conditions=dict(conditions or {}))
 
 
 def same_conditions(begun: Mapping[str, str], now: Mapping[str, str], where: str) -> None:
@@ -161,11 +174,18 @@ def conditions_digest(conditions: Mapping[str, str]) -> str:
 
 
 def _half_width(values: np.ndarray) -> float:
-    """Half the 95 % confidence interval of the median by order statistics, as a share; infinite below 6 values."""
+    """Half the 95 % confidence interval of the median by order statistics, as a share of it.
+
+    Below 6 values no interval covers it so surely: then half the range is given; infinite for one value.
+    """
     n = len(values)
-    if n < 6:  # no pair of order statistics covers the median with 95 %
-        return float("inf") if n < 2 else float(np.ptp(values) / 2 / np.median(values))
-    skip = max(0, math.floor((n - 1.96 * math.sqrt(n)) / 2))
+    if n < 2:
+        return float("inf")
+    # The true median is outside of values `skip` and n - 1 - skip with twice the chance of at most `skip` heads in n.
+    skip, chance = 0, 2 * (1 + n) / 2**n
+    while chance <= 0.05:
+        skip += 1
+        chance += 2 * math.comb(n, skip + 1) / 2**n
     ordered = np.sort(values)
     return float((ordered[n - 1 - skip] - ordered[skip]) / 2 / np.median(values))
 

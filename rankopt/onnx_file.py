@@ -13,8 +13,11 @@ import torch
 from torch import nn
 
 from rankopt.errors import InputError
+from rankopt.nest import tensors
 from rankopt.targets.target import Subject
+from rankopt.targets.torch_cpu import converted, first_line
 
+Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 _TOGETHER_NUMBERS = 32 * 2**20  # parameters of what is exported in one go
 _LARGEST = 2**31 - 2**20  # what one ONNX file without side files can hold
 
@@ -22,19 +25,36 @@ _LARGEST = 2**31 - 2**20  # what one ONNX file without side files can hold
 def exported(subjects: Sequence[Subject]) -> list[bytes]:
     """Every subject as a serialized ONNX model, kept in `Subject.onnx`.
 
-    Shapes are those of the subject's inputs.
+    Shapes are those of the subject's inputs; weights and floating inputs become float32. An argument that is no tensor
+    is a constant of the model. The inputs' order is that of `arrays`.
 
     Raises:
         InputError: a package is missing, a module can't be exported, or is larger than 2 GiB.
     """
     waiting = [s for s in subjects if s.onnx is None]
     for group in _groups(waiting):
-        models = _together(group) if len(group) > 1 else None
-        for subject, model in zip(group, models or map(_alone, group), strict=True):
+        calls = [converted(s, "float32", "contiguous") for s in group]
+        models = _together(calls) if len(group) > 1 else None
+        for subject, model in zip(group, models or map(_alone, calls), strict=True):
             if model.ByteSize() > _LARGEST:
                 raise InputError("onnx: the model is larger than the 2 GiB that an ONNX file holds; measure with torch")
             subject.onnx = model.SerializeToString()
     return [s.onnx for s in subjects if s.onnx is not None]
+
+
+def arrays(subject: Subject) -> list[Any]:
+    """The input tensors as NumPy arrays, in the order of the exported model's inputs; floating ones as float32."""
+    return [
+        (t.float() if t.is_floating_point() else t).detach().cpu().contiguous().numpy()
+        for t in tensors((subject.args, dict(subject.kwargs)))
+    ]
+
+
+def input_names(model: bytes) -> list[str]:
+    """The names of a serialized model's inputs, in order."""
+    import onnx
+
+    return [entry.name for entry in onnx.load_model_from_string(model).graph.input]
 
 
 def _groups(subjects: Sequence[Subject]) -> Iterator[list[Subject]]:
@@ -43,8 +63,8 @@ def _groups(subjects: Sequence[Subject]) -> Iterator[list[Subject]]:
     held = 0
     for subject in subjects:
         size = sum(p.numel() for p in subject.module.parameters())
-        fits = group and held + size <= _TOGETHER_NUMBERS and subject.args is group[0].args and not subject.kwargs
-        if group and not fits:
+        alike = bool(group) and subject.args is group[0].args and not (subject.kwargs or group[0].kwargs)
+        if group and not (alike and held + size <= _TOGETHER_NUMBERS):
             yield group
             group, held = [], 0
         group.append(subject)
@@ -64,13 +84,13 @@ class _Side(nn.Module):
         return tuple(module(*args) for module in self.all)
 
 
-def _together(group: Sequence[Subject]) -> list[Any] | None:
+def _together(calls: Sequence[Call]) -> list[Any] | None:
     """One export, cut into its branches; None where that does not work (an output that is no single tensor)."""
     from onnx.utils import Extractor
 
-    names = [f"out_{n}" for n in range(len(group))]
+    names = [f"out_{n}" for n in range(len(calls))]
     try:
-        model = _export(_Side([s.module for s in group]).eval(), group[0].args, {}, names)
+        model = _export(_Side([module for module, _, _ in calls]).eval(), calls[0][1], {}, names)
         if [o.name for o in model.graph.output] != names:
             return None
         inputs = [i.name for i in model.graph.input]
@@ -82,16 +102,16 @@ def _together(group: Sequence[Subject]) -> list[Any] | None:
         return None
 
 
-def _alone(subject: Subject) -> Any:
+def _alone(call: Call) -> Any:
     try:
-        return _export(subject.module, subject.args, dict(subject.kwargs), None)
+        return _export(*call, None)
     except InputError:
         raise
     except Exception as error:
-        text = (str(error).strip().splitlines() or [""])[0]
-        raise InputError(
-            f"onnx: {type(subject.module).__name__} can't be exported: {type(error).__name__}: {text[:200]}"
-        ) from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the exporter's own text is a page of advice
+            cause = cause.__cause__
+        raise InputError(f"onnx: {type(call[0]).__name__} can't be exported: {first_line(cause)}") from error
 
 
 def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str] | None) -> Any:
@@ -100,6 +120,8 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], na
     except ImportError:
         raise InputError("onnx: needs the packages onnx and onnxscript; pip install 'rankopt[onnx]'") from None
     with _quiet(), torch.no_grad():
+        if args and not kwargs and isinstance(args[-1], dict):
+            args = (*args, {})  # a dict at the end would be taken for the keyword arguments
         program = torch.onnx.export(module, args, kwargs=kwargs or None, dynamo=True, output_names=names, verbose=False)
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")

@@ -1,4 +1,4 @@
-"""Contract tests for methods, shipped for packages that add one. Needs pytest, hypothesis and ultralytics-thop.
+"""Contract tests for methods and targets, shipped for people who add one. Needs pytest, hypothesis, ultralytics-thop.
 
 A whole test file for a method of your own::
 
@@ -9,6 +9,7 @@ A whole test file for a method of your own::
     class TestButterfly(DecompositionContract):
         method = Butterfly()   # or the name of a registered method
 
+A target has its own: `TargetContract`; see `rankopt.target_contract`.
 
 The contract, for every layer that `why_not` lets in and at any rank: the built module computes what the original class
 holding `reconstruct(stage_weights)` computes, gradients included; an exact method at full rank gives back the original;
@@ -40,6 +41,7 @@ from rankopt.decompositions.metric import Metric
 from rankopt.errors import LayerError
 from rankopt.layer_spec import LayerSpec, group_weight, ungroup_weight
 from rankopt.layers import find_layers
+from rankopt.target_contract import TargetContract as TargetContract
 
 LAYER_NAME = "stem"
 

@@ -31,7 +31,7 @@ class Effort:
             which a subject gets more rounds.
         longest: at most so many times `rounds`.
         repeats: how often a noisy measurement is taken again.
-        warmup: seconds after which a subject counts as warm even if it still gets faster.
+        warmup: seconds after which a subject counts as warm at the first run that is no faster than those before.
     """
 
     seconds: float = 0.3
@@ -62,6 +62,8 @@ def measured(runs: Sequence[Timed], conditions: Mapping[str, str], effort: Effor
     A noisy result is measured again, at most `effort.repeats` times; the calmest attempt counts and says how often it
     was repeated.
     """
+    if not runs:
+        return []
     best = _attempt(runs, conditions, effort)
     for repeat in range(1, effort.repeats + 1):
         if not any(m.noisy for m in best):

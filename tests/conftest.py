@@ -1,4 +1,10 @@
-"""Settings for all tests: one thread, so that timings and reductions do not depend on the machine's load."""
+"""Settings for all tests: one thread, so that timings and reductions do not depend on the machine's load.
+
+Latency tables go to a folder of this run, so that no test reads or writes those of the user.
+"""
+
+import os
+import tempfile
 
 import torch
 from hypothesis import settings
@@ -6,3 +12,5 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("rankopt", deadline=None)
 settings.load_profile("rankopt")
+_cache = tempfile.TemporaryDirectory(prefix="rankopt-tests-")
+os.environ["RANKOPT_CACHE"] = _cache.name

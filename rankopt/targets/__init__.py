@@ -57,5 +57,8 @@ def read(text: str) -> Target:
         key, sign, value = part.partition("=")
         if not sign:
             raise InputError(f"target {text!r}: options are written NAME:KEY=VALUE,KEY=VALUE, got {part!r}")
-        options[key.strip()] = yaml.safe_load(value)
+        try:
+            options[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(f"target {text!r}: {key.strip()} can't be read, got {value!r}") from None
     return make(name.strip(), options)

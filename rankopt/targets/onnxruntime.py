@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from rankopt.errors import InputError
 from rankopt.machine import cpu_conditions
-from rankopt.targets.target import LocalTarget, Subject
+from rankopt.peak_memory import INPUTS, MemoryTarget
+from rankopt.targets.target import Subject
 from rankopt.targets.torch_cpu import first_line
 from rankopt.timing import Timed, each
 
+ONNX = "model.onnx"
 _FATAL = 4  # what a session may log: what goes wrong is raised as well
 
 
-class OnnxRuntime(LocalTarget):
+class OnnxRuntime(MemoryTarget):
     """ONNX Runtime.
 
     Attributes:
@@ -26,6 +29,11 @@ class OnnxRuntime(LocalTarget):
     name: ClassVar[str] = "onnxruntime"
     provider: str = "CPU"
     optimization: Literal["all", "extended", "basic", "off"] = "all"
+
+    @property
+    def from_onnx(self) -> bool:
+        """Yes."""
+        return True
 
     @property
     def device(self) -> str:
@@ -50,7 +58,15 @@ class OnnxRuntime(LocalTarget):
         from rankopt.onnx_file import exported
 
         runtime = _runtime()
-        return [each(self._session(runtime, m, s)) for m, s in zip(exported(subjects), subjects, strict=True)]
+        return [each(self._ready(runtime, m, s)) for m, s in zip(exported(subjects), subjects, strict=True)]
+
+    def write(self, subject: Subject, folder: Path) -> None:
+        """Exported as one ONNX file, with the inputs."""
+        write_onnx(subject, folder)
+
+    def loaded(self, folder: Path) -> Callable[[], Any]:
+        """A function of no arguments that runs what `write` wrote."""
+        return self._session(_runtime(), str(folder / ONNX), read_arrays(folder))
 
     def _provider(self, runtime: Any) -> str:
         known = runtime.get_available_providers()
@@ -60,7 +76,19 @@ class OnnxRuntime(LocalTarget):
             raise InputError(f"target {self.called}: provider {self.provider!r} is not installed; there are {short}")
         return wanted
 
-    def _session(self, runtime: Any, model: bytes, subject: Subject) -> Callable[[], Any]:
+    def _ready(self, runtime: Any, model: bytes, subject: Subject) -> Callable[[], Any]:
+        from rankopt.onnx_file import arrays
+
+        try:
+            call = self._session(runtime, model, arrays(subject))
+            call()
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"target {self.called}: the model can't be run: {first_line(error)}") from error
+        return call
+
+    def _session(self, runtime: Any, model: bytes | str, inputs: Sequence[Any]) -> Callable[[], Any]:
         options = runtime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
         options.log_severity_level = _FATAL
@@ -68,27 +96,27 @@ class OnnxRuntime(LocalTarget):
         options.graph_optimization_level = getattr(
             runtime.GraphOptimizationLevel, f"ORT_{level}" if level == "DISABLE_ALL" else f"ORT_ENABLE_{level}"
         )
-        try:
-            session = runtime.InferenceSession(model, options, providers=[self._provider(runtime)])
-            feed = dict(zip([i.name for i in session.get_inputs()], arrays(subject), strict=True))
-            session.run(None, feed)
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(f"target {self.called}: the model can't be run: {first_line(error)}") from error
+        session = runtime.InferenceSession(model, options, providers=[self._provider(runtime)])
+        feed = dict(zip([i.name for i in session.get_inputs()], inputs, strict=True))
         return lambda: session.run(None, feed)
 
 
-def arrays(subject: Subject) -> list[Any]:
-    """The input tensors as NumPy arrays, in the order in which they are given."""
-    import torch
+def write_onnx(subject: Subject, folder: Path) -> None:
+    """Write a subject as an ONNX file, and its inputs beside it."""
+    import numpy as np
 
-    from rankopt.nest import tensors
+    from rankopt.onnx_file import arrays, exported
 
-    return [
-        t.detach().float().numpy() if t.dtype == torch.bfloat16 else t.detach().numpy()
-        for t in tensors((subject.args, dict(subject.kwargs)))
-    ]
+    (folder / ONNX).write_bytes(exported([subject])[0])
+    np.savez(folder / INPUTS, *arrays(subject))
+
+
+def read_arrays(folder: Path) -> list[Any]:
+    """The inputs that `write_onnx` wrote, in their order."""
+    import numpy as np
+
+    with np.load(folder / INPUTS, allow_pickle=False) as file:
+        return [file[f"arr_{n}"] for n in range(len(file.files))]
 
 
 def _runtime() -> Any:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from rankopt.errors import InputError
 from rankopt.machine import cpu_conditions
-from rankopt.targets.onnxruntime import arrays
-from rankopt.targets.target import LocalTarget, Subject
+from rankopt.peak_memory import MemoryTarget
+from rankopt.targets.onnxruntime import ONNX, read_arrays, write_onnx
+from rankopt.targets.target import Subject
 from rankopt.targets.torch_cpu import first_line
 from rankopt.timing import Timed, each
 
 
-class OpenVino(LocalTarget):
+class OpenVino(MemoryTarget):
     """OpenVINO, one stream.
 
     Attributes:
@@ -26,6 +28,11 @@ class OpenVino(LocalTarget):
     name: ClassVar[str] = "openvino"
     precision: Literal["f32", "bf16", "f16"] = "f32"
     on: str = "CPU"
+
+    @property
+    def from_onnx(self) -> bool:
+        """Yes."""
+        return True
 
     @property
     def device(self) -> str:
@@ -52,20 +59,41 @@ class OpenVino(LocalTarget):
         from rankopt.onnx_file import exported
 
         core = _openvino().Core()
-        return [each(self._compiled(core, m, s)) for m, s in zip(exported(subjects), subjects, strict=True)]
+        return [each(self._ready(core, m, s)) for m, s in zip(exported(subjects), subjects, strict=True)]
 
-    def _compiled(self, core: Any, model: bytes, subject: Subject) -> Callable[[], Any]:
+    def write(self, subject: Subject, folder: Path) -> None:
+        """Exported as one ONNX file, with the inputs."""
+        write_onnx(subject, folder)
+
+    def loaded(self, folder: Path) -> Callable[[], Any]:
+        """A function of no arguments that runs what `write` wrote."""
+        return self._compiled(_openvino().Core(), str(folder / ONNX), read_arrays(folder))
+
+    def _ready(self, core: Any, model: bytes, subject: Subject) -> Callable[[], Any]:
+        from rankopt.onnx_file import arrays
+
+        try:
+            call = self._compiled(core, model, arrays(subject))
+            call()
+        except Exception as error:
+            raise InputError(f"target {self.called}: the model can't be run: {first_line(error)}") from error
+        return call
+
+    def _compiled(self, core: Any, model: bytes | str, given: Sequence[Any]) -> Callable[[], Any]:
         openvino = _openvino()
         options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": self.precision}
         if self.on == "CPU":
             options |= {"INFERENCE_NUM_THREADS": self.threads, "NUM_STREAMS": 1}
-        try:
-            request = core.compile_model(core.read_model(model), self.on, options).create_infer_request()
-            for n, array in enumerate(arrays(subject)):
-                request.set_input_tensor(n, openvino.Tensor(array))
-            request.infer()
-        except Exception as error:
-            raise InputError(f"target {self.called}: the model can't be run: {first_line(error)}") from error
+        compiled = core.compile_model(core.read_model(model), self.on, options)
+        request = compiled.create_infer_request()
+        if len(compiled.inputs) != len(given):  # it leaves out inputs that the model does not use
+            from rankopt.onnx_file import input_names
+
+            serialized = Path(model).read_bytes() if isinstance(model, str) else model
+            named = dict(zip(input_names(serialized), given, strict=True))
+            given = [named[next(n for n in sorted(i.names) if n in named)] for i in compiled.inputs]
+        for n, array in enumerate(given):
+            request.set_input_tensor(n, openvino.Tensor(array))
         return lambda: request.infer()
 
 

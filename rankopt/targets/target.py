@@ -43,16 +43,23 @@ class Target(Strict, ABC):
     Attributes:
         label: what limits and tables call it, ``latency@LABEL<=4ms``; its name where none is given.
         batch: the batch size of what is measured (None: that of the example input).
+        neighbours: whether single layers are measured between pointwise ones, see `LatencyTable`.
     """
 
     name: ClassVar[str]
     label: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$")
     batch: int | None = Field(None, ge=1)
+    neighbours: bool = False
 
     @property
     def called(self) -> str:
         """The label, or the name."""
         return self.label or self.name
+
+    @property
+    def from_onnx(self) -> bool:
+        """Whether an exported ONNX file and the inputs are all that it needs of a module."""
+        return False
 
     @abstractmethod
     def conditions(self) -> dict[str, str]:
@@ -99,6 +106,8 @@ class LocalTarget(Target):
 
     def measure(self, subjects: Sequence[Subject], effort: Effort = Effort()) -> list[Measurement]:
         """See `Target.measure`. Nothing else is measured on the device meanwhile."""
+        if not subjects:
+            return []
         conditions = self.conditions()
         with self.running():
             runs = self.prepare(subjects)

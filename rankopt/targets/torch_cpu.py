@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rankopt.errors import InputError
 from rankopt.machine import cpu_conditions
-from rankopt.targets.target import LocalTarget, Subject
+from rankopt.peak_memory import MemoryTarget
+from rankopt.targets.target import Subject
 from rankopt.timing import Timed, each
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
+    from torch import Tensor, nn
 
 MemoryFormat = Literal["contiguous", "channels_last"]
+_PROGRAM = "model.pt2"
+_PLACE = re.compile(r"(Exception from \S+|Check '.*' failed at \S+|backend=\S+ raised):?$")
 
 
-class TorchCpu(LocalTarget):
+class TorchCpu(MemoryTarget):
     """PyTorch on the CPU.
 
     Attributes:
@@ -64,6 +70,11 @@ class TorchCpu(LocalTarget):
 
     def callable(self, subject: Subject) -> Callable[[], Any]:
         """A function of no arguments that runs the module once."""
+        module, args, kwargs = self.ready(subject)
+        return lambda: module(*args, **kwargs)
+
+    def ready(self, subject: Subject) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+        """Converted, and run once."""
         module, args, kwargs = converted(subject, self.dtype, self.memory_format)
         try:
             module(*args, **kwargs)
@@ -71,6 +82,39 @@ class TorchCpu(LocalTarget):
             raise InputError(
                 f"target {self.called}: the model can't be run with {self.dtype}: {first_line(error)}"
             ) from error
+        return module, args, kwargs
+
+    def write(self, subject: Subject, folder: Path) -> None:
+        """Exported by torch.export, which keeps the operations as they are, with the inputs."""
+        import warnings
+
+        import torch
+
+        module, args, kwargs = converted(subject, self.dtype, self.memory_format)
+        try:
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")  # of the exporter's own internals
+                program = torch.export.export(module, args, kwargs, strict=False)
+                torch.export.save(program, folder / _PROGRAM)
+        except OSError:
+            raise
+        except Exception as error:
+            name = type(subject.module).__name__
+            raise InputError(
+                f"target {self.called}: {name} can't be exported to measure its memory: {first_line(error)}"
+            ) from error
+
+    def loaded(self, folder: Path) -> Callable[[], Any]:
+        """A function of no arguments that runs what `write` wrote.
+
+        `torch.export.load` unpickles the example inputs, so it must never see a file of somebody else's. This one was
+        written by the parent process a moment ago, to a folder that only this user can write to.
+        """
+        import torch
+
+        program = torch.export.load(folder / _PROGRAM)
+        assert program.example_inputs is not None
+        module, (args, kwargs) = program.module(), program.example_inputs
         return lambda: module(*args, **kwargs)
 
 
@@ -79,7 +123,6 @@ def converted(
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """Module and inputs with this dtype, memory format and device; a copy where anything differs."""
     import torch
-    from torch import Tensor
 
     from rankopt.nest import mapped
 
@@ -90,23 +133,23 @@ def converted(
         return tensor.contiguous(memory_format=layout) if tensor.dim() == 4 else tensor.contiguous()
 
     module = subject.module
-    if module.training or any(_differs(p, wanted, memory_format, device) for p in module.parameters()):
+    values = (*module.parameters(), *module.buffers())
+    if any(m.training for m in module.modules()) or any(_differs(v, wanted, layout, device) for v in values):
         module = copy.deepcopy(module).eval().to(device=device, dtype=wanted)
         module = module.to(memory_format=layout)  # type: ignore[call-overload]
     return module, *mapped((subject.args, dict(subject.kwargs)), convert)
 
 
-def _differs(parameter: Any, dtype: Any, memory_format: str, device: str) -> bool:
+def _differs(value: Tensor, dtype: torch.dtype, layout: torch.memory_format, device: str) -> bool:
     import torch
 
-    layout = parameter.dim() == 4 and (
-        parameter.is_contiguous(memory_format=torch.channels_last) != (memory_format == "channels_last")
-    )
-    moved = parameter.device.type != torch.device(device).type
-    return layout or moved or (parameter.is_floating_point() and parameter.dtype != dtype)
+    wanted = torch.device(device)
+    elsewhere = value.device.type != wanted.type or wanted.index not in (None, value.device.index)
+    laid_out = value.dim() != 4 or value.is_contiguous(memory_format=layout)
+    return elsewhere or not laid_out or (value.is_floating_point() and value.dtype != dtype)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, on one line."""
-    text = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {text}"[:300]
+    """What an error says, on one line; lines that only say where in a runtime's sources it was raised are left out."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not _PLACE.match(line.strip())]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no text'}"[:300]

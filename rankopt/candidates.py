@@ -25,7 +25,7 @@ from rankopt.divergence import Divergence
 from rankopt.errors import RefusedDecomposition
 from rankopt.factors import Factors
 from rankopt.layer_spec import LayerSpec
-from rankopt.plan import DENSE, LayerChoice
+from rankopt.plan import DENSE, LayerChoice, Plan
 from rankopt.rank_split import split
 from rankopt.space_file import LayerSpace
 from rankopt.spool import Spool
@@ -59,9 +59,12 @@ class Group:
         """The name of the first layer."""
         return self.layers[0].name
 
-    def as_choices(self, losses: NDArray[np.float64] | None = None) -> Choices:
-        """For the allocator, with other losses when given."""
-        return Choices(self.losses if losses is None else losses, {"macs": self.macs, "params": self.params})
+    def as_choices(
+        self, losses: NDArray[np.float64] | None = None, costs: Mapping[str, NDArray[np.float64]] | None = None
+    ) -> Choices:
+        """For the allocator, with other losses and further costs when given."""
+        own = {"macs": self.macs, "params": self.params}
+        return Choices(self.losses if losses is None else losses, own | dict(costs or {}))
 
 
 class Statistics:
@@ -152,6 +155,30 @@ def factor_cache(
             for name, found in gathered.items():
                 statistics.put(name, found.metric)
     return Factors(model, statistics if use_statistics else None, max_bytes=max_bytes // 4)
+
+
+def random_plans(groups: Sequence[Group], count: int, seed: int) -> list[Plan]:
+    """Plans that change a random part of the layers to random candidates of a few random methods.
+
+    From few layers to all of them, and from a single method to all of them: a search ends in plans that are much of one
+    kind, and what many layers of one kind have in common (a layout that the runtime need not change between them) is
+    seen in such plans only.
+    """
+    generator = np.random.default_rng(seed)
+    methods = sorted({c.method for g in groups for c in g.choices if c != DENSE})
+    out = []
+    for _ in range(count):
+        share = generator.uniform(0.4, 1.0)
+        few = int(generator.integers(1, len(methods) + 1)) if methods else 0
+        offered = set(generator.permutation(methods)[:few])
+        layers: dict[str, LayerChoice] = {}
+        for group in groups:
+            choices = [c for c in group.choices if c.method in offered]
+            if choices and generator.random() < share:
+                choice = choices[int(generator.integers(len(choices)))]
+                layers |= {layer.name: choice for layer in group.layers}
+        out.append(Plan(layers))
+    return out
 
 
 def _open(layers: Sequence[LayerSpec], spaces: Mapping[str, LayerSpace]) -> list[LayerSpec]:

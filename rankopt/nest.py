@@ -31,6 +31,21 @@ def tensors(value: Any) -> list[Tensor]:
     return found
 
 
+def with_batch(inputs: tuple[tuple[Any, ...], dict[str, Any]], batch: int | None) -> Any:
+    """The example input with this batch size: every tensor whose first dimension is that of the first one."""
+    first = next(iter(tensors(inputs)), None)
+    if batch is None or first is None or first.dim() == 0:
+        return inputs
+    size = first.shape[0]
+
+    def sized(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0 or tensor.shape[0] != size:
+            return tensor
+        return torch.cat([tensor] * -(-batch // size))[:batch].contiguous()
+
+    return mapped(inputs, sized)
+
+
 class UnlikeError(Exception):
     """Nests that can't be put into one."""
 

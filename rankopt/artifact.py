@@ -110,7 +110,7 @@ def load(directory: str | Path, model: nn.Module | Callable[[], nn.Module] | str
     except PlanError as error:
         raise ArtifactError(error.message) from error
     if model is None:
-        model = _recorded(directory)
+        model = recorded(directory)
     built = structure(dense_model(model, str(directory)), plan)
     read_tensors(directory / TENSORS, built)
     return built.eval()
@@ -121,8 +121,12 @@ def read_measurements(directory: str | Path) -> dict[str, Any]:
     return _read_json(Path(directory) / MEASUREMENTS)
 
 
-def _recorded(directory: Path) -> Callable[[], nn.Module]:
-    """The recorded source as a callable, if it may be trusted to make a model."""
+def recorded(directory: Path) -> Callable[[], nn.Module]:
+    """The recorded source of the dense model as a callable, if it may be trusted to make a model.
+
+    Raises:
+        ArtifactError: none is recorded, or it is not what makes a model.
+    """
     source = _read_json(directory / ENVIRONMENT).get("source")
     if source is None:
         raise ArtifactError(f"{directory}: records no source of the dense model; pass model= (a module or a callable)")

@@ -11,10 +11,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rankopt.errors import InputError, RankoptError
-from rankopt.handover import check_free, console_for, finish, print_json, print_saved, save
+from rankopt.handover import (
+    check_free,
+    chosen,
+    compared_by,
+    compared_in,
+    console_for,
+    finish,
+    print_bench,
+    print_json,
+    print_saved,
+    save,
+)
 
 if TYPE_CHECKING:
     from rankopt.limits import Limit
+    from rankopt.targets.target import Target
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -30,6 +42,15 @@ Storage = Annotated[
     str | None, typer.Option(metavar="URL", help="Where trials are kept: an Optuna storage URL, or a .db file.")
 ]
 
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        metavar="TARGET",
+        help="Where latency is measured, e.g. onnxruntime or torch:threads=2; replaces those of the study.",
+    ),
+]
+
 
 @app.callback(invoke_without_command=True)
 def rankopt(
@@ -42,6 +63,7 @@ def rankopt(
     rankopt search studies/digits.yaml           search for the best plans (again: go on)
     rankopt front  studies/digits.yaml           the plans that no other one beats
     rankopt export studies/digits.yaml --out m   write the best one within the limits
+    rankopt bench  studies/digits.yaml           measure it beside the dense model
     """
     if version:
         from importlib.metadata import version as installed
@@ -94,6 +116,7 @@ def search(
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, metavar="S", help="Replaces the seed of the study.")] = None,
     force: Force = False,
+    target: Targets = None,
     as_json: Json = False,
 ) -> None:
     """Search for the best plans under the limits. Running it again goes on where it stopped.
@@ -102,17 +125,18 @@ def search(
     rankopt search studies/digits.yaml
     rankopt search studies/digits.yaml --limit 'macs<=40%' --limit 'params<=60%' --trials 100
     rankopt search studies/digits.yaml --out compressed --json
+    rankopt search studies/digits.yaml --target onnxruntime --limit 'latency<=0.6x'
     """
     from rankopt.progress import shown
     from rankopt.study_file import load_study
     from rankopt.tables import front_row, front_table
 
-    file, limits = load_study(study), _limits(limit)
+    file, limits, targets = load_study(study), _limits(limit), _targets(target)
     if out is not None:
         check_free(out, force)
     from rankopt.search import Search  # last: what can be refused at once needs no torch
 
-    run = Search.from_study(file, limits=limits, trials=trials, storage=_storage(storage), seed=seed)
+    run = Search.from_study(file, limits=limits, trials=trials, storage=_storage(storage), seed=seed, targets=targets)
     with shown(console_for(stderr=True)) as progress:
         result = run.run(progress=progress)
     rows = [front_row(entry) for entry in result.front]
@@ -121,36 +145,46 @@ def search(
     if as_json:
         print_json(
             {"front": rows, "best": front_row(best), "dense": result.dense, "out": str(out) if out else None}
+            | {"notes": run.notes()}
             | {"validation": saved.get("validation"), "test": saved.get("test"), "dense_test": dense_test}
         )
         return
     console = console_for()
     console.print(front_table(rows, result.dense, best.trial))
+    for note in run.notes():
+        console.print(note, soft_wrap=True)
     if out is None:
-        console.print(f"\nbest: trial {best.trial}; write it with: rankopt export {study} --out DIR", soft_wrap=True)
+        name = f"trial {best.trial}" if best.plan.changed() else "the dense model, nothing within the limits beats it"
+        console.print(f"\nbest: {name}; write it with: rankopt export {study} --out DIR", soft_wrap=True)
     else:
         print_saved(console, best, out, saved, dense_test)
 
 
 @app.command()
-def front(study: Study, limit: Limits = None, storage: Storage = None, as_json: Json = False) -> None:
+def front(
+    study: Study, limit: Limits = None, storage: Storage = None, target: Targets = None, as_json: Json = False
+) -> None:
     """Show the plans that no other one beats in all objectives. Needs neither the model nor the data.
 
     \b
     rankopt front studies/digits.yaml
     rankopt front studies/digits.yaml --limit 'macs<=40%' --json
     """
-    from rankopt.study import read_result
+    from rankopt.ledger import read_result
     from rankopt.study_file import load_study
     from rankopt.tables import front_row, front_table
 
     file, limits = load_study(study), _limits(limit)
-    result = read_result(_storage(storage) or file.storage_url, file.name, limits=limits or file.limits)
+    name = file.study_on(_targets(target))
+    result = read_result(_storage(storage) or file.storage_url, name, limits=limits or file.limits)
     rows = [front_row(entry) for entry in result.front]
     if as_json:
         print_json(rows)
-    else:
-        console_for().print(front_table(rows, result.dense))
+        return
+    console = console_for()
+    console.print(front_table(rows, result.dense))
+    for note in result.notes:
+        console.print(note, soft_wrap=True)
 
 
 @app.command()
@@ -160,6 +194,7 @@ def export(
     trial: Annotated[int | None, typer.Option(min=0, metavar="N", help="Which trial; else the best one.")] = None,
     limit: Limits = None,
     storage: Storage = None,
+    target: Targets = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -169,24 +204,17 @@ def export(
     rankopt export studies/digits.yaml --out compressed
     rankopt export studies/digits.yaml --trial 12 --out compressed
     """
-    from rankopt.study import read_result
+    from rankopt.ledger import read_result
     from rankopt.study_file import load_study
 
-    file, limits = load_study(study), _limits(limit)
+    file, limits, targets = load_study(study), _limits(limit), _targets(target)
     check_free(out, force)
     url = _storage(storage) or file.storage_url
-    result = read_result(url, file.name, limits=limits or file.limits)
-    if trial is None:
-        entry = result.best(limits or file.limits)
-    else:
-        entries = {entry.trial: entry for entry in result.entries}
-        if trial not in entries:
-            known = f"{min(entries)} to {max(entries)}" if entries else "none"
-            raise InputError(f"--trial {trial}: the study {file.name} has no finished trial of that number ({known})")
-        entry = entries[trial]
+    result = read_result(url, file.study_on(targets), limits=limits or file.limits)
+    entry = chosen(result, trial, limits or file.limits, file.name)
     from rankopt.search import Search
 
-    finish(Search.from_study(file, limits=limits, storage=url), entry, out, force, as_json)
+    finish(Search.from_study(file, limits=limits, storage=url, targets=targets), entry, out, force, as_json)
 
 
 @app.command()
@@ -211,6 +239,57 @@ def apply(
 
     run = Search.from_study(file)
     finish(run, run.evaluate(decided), out, force, as_json)
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL_DIR|STUDY", help="A saved model's folder, or a study: its best plan.")
+    ],
+    target: Targets = None,
+    study: Annotated[
+        Path | None, typer.Option(metavar="STUDY", help="The study that gives a saved model's dense one and its input.")
+    ] = None,
+    trial: Annotated[int | None, typer.Option(min=0, metavar="N", help="Which trial of a study.")] = None,
+    memory: Annotated[bool, typer.Option("--memory", help="Measure peak memory too.")] = False,
+    batch: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Samples in a call; else as the example.")
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option("--input", metavar="SHAPE", help="E.g. 1x3x32x32 or 1x16:int64, in place of the study's."),
+    ] = None,
+    storage: Storage = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a compressed model beside the dense one: latency, and peak memory where it is asked for.
+
+    \b
+    rankopt bench studies/digits.yaml --target onnxruntime --target torch:threads=2
+    rankopt bench compressed --study studies/digits.yaml --memory --batch 8
+    """
+    from rankopt.study_file import load_study
+    from rankopt.targets import make
+
+    targets = _targets(target)
+    if model.is_dir():
+        if trial is not None or storage is not None:
+            raise InputError(f"{model}: is a saved model; --trial and --storage belong to a study")
+        given = compared_in(model, load_study(study) if study else None, shape)
+    else:
+        if study is not None:
+            raise InputError(f"--study: belongs to a saved model's folder, and {model} is none")
+        given = compared_by(load_study(model), targets, trial, _storage(storage), shape)
+    chosen_targets = targets or list(given.targets) or [make("torch")]
+    if batch is not None:
+        chosen_targets = [t if t.batch else t.model_copy(update={"batch": batch}) for t in chosen_targets]
+    from rankopt.bench import bench as measured
+
+    rows = measured(given.dense, given.compressed, given.args, given.kwargs, targets=chosen_targets, memory=memory)
+    if as_json:
+        print_json(rows)
+    else:
+        print_bench(rows)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -244,6 +323,12 @@ def _limits(texts: list[str] | None) -> list[Limit] | None:
     from rankopt.limits import parse_limit
 
     return [parse_limit(text) for text in texts] if texts else None
+
+
+def _targets(texts: list[str] | None) -> list[Target] | None:
+    from rankopt.targets import read
+
+    return [read(text) for text in texts] if texts else None
 
 
 def _storage(text: str | None) -> str | None:

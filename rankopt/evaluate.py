@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rankopt.batches import Batch
 from rankopt.bn import has_batch_norm, recalibrate
 from rankopt.cost import Cost, plan_cost
+from rankopt.devices import Devices
 from rankopt.divergence import Divergence, pick
 from rankopt.errors import DataError, RankoptError
 from rankopt.factors import Factors
@@ -57,6 +58,7 @@ class Evaluator:
         refit: how layers are refitted, or None for not at all.
         bn: "off", "on", or "auto": recalibrate batch norm where that lowers kl on the validation data.
         bn_batches: inputs that batch norm is recalibrated on.
+        devices: where latency and memory are measured, or None.
     """
 
     def __init__(
@@ -72,14 +74,18 @@ class Evaluator:
         refit: Refit | None = None,
         bn: str = "off",
         bn_batches: Sequence[Batch] = (),
+        devices: Devices | None = None,
     ) -> None:
         self.model, self.layers, self.factors, self.cost = model, list(layers), factors, cost
         self.validation, self.divergence, self.metric = list(validation), divergence, metric
         self.refit = refit
         self.bn = bn if has_batch_norm(model) else "off"
         self.bn_batches = list(bn_batches)
+        self.devices = devices or None
         self._dense_outputs: dict[int, list[Tensor]] = {}
         self.dense = {"macs": float(cost.macs), "params": float(cost.params), **self.quality(model)}
+        if self.devices is not None:
+            self.dense |= self.devices.dense
 
     def costs(self, plan: Plan) -> dict[str, float]:
         """Exact MACs and parameters, absolute and as shares of dense, without building anything."""
@@ -134,27 +140,66 @@ class Evaluator:
                 values["accuracy"] = _measured(self.metric, module, batches)
         return values
 
-    def __call__(self, plan: Plan, limits: Sequence[Limit] = ()) -> Evaluation:
-        """Costs first; a plan that breaks a limit on them is not built."""
+    def __call__(
+        self,
+        plan: Plan,
+        limits: Sequence[Limit] = (),
+        worth: Callable[[Mapping[str, float]], bool] = lambda measured: True,
+        known: Mapping[str, float] | None = None,
+    ) -> Evaluation:
+        """Exact costs, predicted latency, quality, measured latency and memory; a broken limit ends it.
+
+        Args:
+            plan: what is measured.
+            limits: what it has to keep. A predicted latency breaks a limit only beyond the prediction's own error.
+            worth: told everything that is known by then, whether the plan is worth measuring on a device.
+            known: quality that was measured before (and whether batch norm was recalibrated, ``bn``), taken instead
+                of building the plan.
+        """
         start = time.perf_counter()
         measured = self.costs(plan)
-        violations = self.violations(measured, limits)
-        broken = [text for text, excess in violations.items() if excess > 0]
-        if broken:
-            return Evaluation(measured, violations, broken[0], {"seconds": time.perf_counter() - start})
+        if self.devices is not None:
+            measured |= self.devices.predicted(plan)
+        stopped = self._broken(measured, limits) or self._hopeless(plan, limits)
+        if stopped:
+            return self._ended(measured, limits, stopped, {}, start)
+        notes: dict[str, float] = {}
+        if known is None:
+            quality, notes["bn"] = self._judged(plan)
+        else:
+            quality, notes["bn"] = {k: v for k, v in known.items() if k != "bn"}, known.get("bn", 0.0)
+        measured |= quality
+        stopped = self._broken(measured, limits)
+        if self.devices is not None and not stopped and worth(measured):
+            measured |= self.devices.measured(plan)
+            stopped = self._broken(measured, limits)
+        return self._ended(measured, limits, stopped, notes, start)
+
+    def _judged(self, plan: Plan) -> tuple[dict[str, float], float]:
+        """Quality of the built model, and whether batch norm was recalibrated for it."""
         built = self.build(plan, bn=False if self.bn == "auto" else None)
         quality = self.quality(built)
-        bn = self.bn == "on"
-        if self.bn == "auto":
-            recalibrate(built, self.bn_batches)
-            other = self.quality(built)
-            if other["kl"] < quality["kl"]:
-                quality, bn = other, True
-        measured |= quality
-        violations = self.violations(measured, limits)
-        broken = [text for text, excess in violations.items() if excess > 0]
-        notes = {"bn": float(bn), "seconds": time.perf_counter() - start}
-        return Evaluation(measured, violations, broken[0] if broken else None, notes)
+        if self.bn != "auto":
+            return quality, float(self.bn == "on")
+        recalibrate(built, self.bn_batches)
+        other = self.quality(built)
+        return (other, 1.0) if other["kl"] < quality["kl"] else (quality, 0.0)
+
+    def _broken(self, measured: Mapping[str, float], limits: Sequence[Limit]) -> str | None:
+        return next((text for text, excess in self.violations(measured, limits).items() if excess > 0), None)
+
+    def _hopeless(self, plan: Plan, limits: Sequence[Limit]) -> str | None:
+        """A limit on latency that the plan will not keep, even if the prediction is as wrong as it gets."""
+        if self.devices is None:
+            return None
+        return next((str(li) for li in limits if self.devices.exceeds(plan, li)), None)
+
+    def _ended(
+        self, measured: dict[str, float], limits: Sequence[Limit], stopped: str | None, notes: dict[str, float],
+        start: float,
+    ) -> Evaluation:  # fmt: skip
+        notes["seconds"] = time.perf_counter() - start
+        return Evaluation(measured, self.violations(measured, limits), stopped, notes)
 
     def violations(self, measured: Mapping[str, float], limits: Sequence[Limit]) -> dict[str, float]:
         """Excess over each limit whose quantity is known by now."""

@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankopt.errors import ArtifactError
+from rankopt.errors import ArtifactError, InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import nn
+
+    from rankopt.result import Entry, Result
+    from rankopt.study_file import StudyFile
+    from rankopt.targets.target import Target
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What `rankopt bench` measures: the dense model, the compressed ones by name, a call, and the study's targets."""
+
+    dense: nn.Module
+    compressed: Mapping[str, nn.Module]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    targets: Sequence[Target]
 
 
 def check_free(out: Path, force: bool) -> None:
@@ -42,6 +60,7 @@ def print_saved(console: Console, entry: Any, out: Path, saved: dict[str, Any], 
     from rankopt.tables import measured_table
 
     name = f"trial {entry.trial}" if entry.trial is not None and entry.trial >= 0 else "the plan"
+    name = name if entry.plan.changed() else "the dense model"
     console.print(f"\nsaved {name} to {out}; measured again from there:", soft_wrap=True)
     columns = {"validation": saved.get("validation") or {}}
     if saved.get("test"):
@@ -59,3 +78,94 @@ def console_for(stderr: bool = False) -> Console:
 def print_json(value: Any) -> None:
     """Print a value for programs, and nothing else."""
     print(json.dumps(value, indent=1, default=float))
+
+
+def chosen(result: Result, trial: int | None, limits: Any, name: str) -> Entry:
+    """A trial by its number, or the best one within the limits; raises `InputError` when there is no such trial."""
+    if trial is None:
+        return result.best(limits)
+    entries = {entry.trial: entry for entry in result.entries if entry.trial >= 0}
+    if trial not in entries:
+        known = f"{min(entries)} to {max(entries)}" if entries else "none"
+        raise InputError(f"--trial {trial}: the study {name} has no finished trial of that number ({known})")
+    return entries[trial]
+
+
+def compared_in(directory: Path, study: StudyFile | None, shape: str | None) -> Compared:
+    """A saved model beside its dense one, which a study builds, or what the saved model records as its source.
+
+    Raises:
+        InputError: there is neither a study nor a shape, or a model can't be made.
+    """
+    if not (directory / "plan.json").is_file():
+        raise ArtifactError(f"{directory}: holds no saved model; give one that rankopt wrote, or a study")
+    if study is None and shape is None:
+        raise InputError(f"{directory}: a saved model records no input; give --study STUDY, or --input 1x3x32x32")
+    from rankopt import artifact
+    from rankopt.dense_source import dense_model
+
+    if study is not None:
+        dense = study.build_model()
+    else:
+        try:
+            dense = dense_model(artifact.recorded(directory), str(directory))
+        except ArtifactError as error:
+            raise ArtifactError(f"{error.message.partition('; pass model=')[0]}; give --study STUDY") from error
+    args, kwargs = _call(study, shape)
+    small = artifact.load(directory, dense)
+    name = directory.resolve().name
+    name = name if name != "dense" else "compressed"
+    return Compared(dense.eval(), {name: small}, args, kwargs, study.make_targets() if study else [])
+
+
+def compared_by(
+    file: StudyFile, targets: Sequence[Target] | None, trial: int | None, storage: str | None, shape: str | None
+) -> Compared:
+    """A study's best model within its limits, or that of a trial, built as in the trial, beside the dense one.
+
+    Of the study on these targets, if there was one, else of the study file's own.
+    """
+    from rankopt.ledger import read_result
+
+    url, name = storage or file.storage_url, file.study_on(targets)
+    try:
+        result = read_result(url, name, limits=file.limits)
+    except InputError:
+        if name == file.name:
+            raise
+        result = read_result(url, file.name, limits=file.limits)
+    entry = chosen(result, trial, file.limits, file.name)
+    from rankopt.search import Search
+
+    quiet = file.model_copy(update={"target": [], "limits": [], "objectives": []})  # only to build, not to measure
+    run = Search.from_study(quiet, storage=url)
+    small = run.build(entry.plan, bn=bool(entry.notes.get("bn", 0)))
+    args, kwargs = _call(file, shape)
+    return Compared(run.model.eval(), {f"trial {entry.trial}": small.eval()}, args, kwargs, file.make_targets())
+
+
+def _call(study: StudyFile | None, shape: str | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The study's example input, or one of the shape that was given."""
+    if shape is None:
+        assert study is not None
+        return study.example()
+    from rankopt.example_input import make
+
+    sizes, _, dtype = shape.partition(":")
+    given = [int(size) if size.isdecimal() else size for size in sizes.split("x")]
+    return make({"shape": given, "dtype": dtype or "float32"}, Path(), "--input", dict)
+
+
+def print_bench(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table for every target below its conditions, and then what was noisy."""
+    from rankopt.bench import bench_table, described
+
+    console, notes = console_for(), []
+    for number, label in enumerate(dict.fromkeys(row["target"] for row in rows)):
+        own = [row for row in rows if row["target"] == label]
+        conditions, noise = described(own)
+        console.print(f"{chr(10) if number else ''}{conditions}", soft_wrap=True)
+        console.print(bench_table(own))
+        notes += noise
+    for note in notes:
+        console.print(note, soft_wrap=True)

@@ -7,7 +7,7 @@ quantity           units (none: the plain number)
 =================  ===========================================================================
 macs, params       ``%`` or ``x`` of dense; K, M, G; plain count
 latency            ``ms``, ``us``, ``s``; ``x`` or ``%`` of dense on the same target; also latency_p95
-memory             ``KiB``, ``MiB``, ``GiB``; ``x`` or ``%`` of dense
+memory             ``KiB``, ``MiB``, ``GiB``; ``x`` or ``%`` of dense; peak of inference, see `rankopt.peak_memory`
 accuracy           change in points against dense when the number carries a sign (``>=-0.5``),
                    else the value itself
 kl                 nats
@@ -39,6 +39,14 @@ _QUANTITIES: dict[str, tuple[str, dict[str, float], bool]] = {
     "accuracy": (">=", {"": 1.0}, False),
     "kl": ("<=", {"": 1.0}, False),
 }
+# quantity, as limits and objectives name it → the key of its measurement, where that is another
+_MEASURED = {"latency": "latency_ms", "latency_p95": "latency_p95_ms", "memory": "peak_memory_mib"}
+
+
+def measured_key(quantity: str) -> str:
+    """The key under which a quantity is measured: latency → ``latency_ms``, latency@pi → ``latency_ms@pi``."""
+    name, at, target = quantity.partition("@")
+    return f"{_MEASURED.get(name, name)}{at}{target}"
 
 
 @dataclass(frozen=True)
@@ -57,15 +65,16 @@ class Limit:
 
     @property
     def key(self) -> str:
-        """The name of the measured quantity, with the target: ``latency@onnxruntime``."""
-        return f"{self.quantity}@{self.target}" if self.target else self.quantity
+        """The key of its measurement, with the target: ``latency_ms@onnxruntime``."""
+        return measured_key(f"{self.quantity}@{self.target}" if self.target else self.quantity)
 
     def bound(self, dense: Mapping[str, float]) -> float:
         """The bound in the quantity's base unit (count, ms, MiB, score), given the dense model's values."""
         if self.relative is None:
             return self.value
         if self.key not in dense:
-            raise LimitError(f"{self.text}: the dense model's {self.key} is not known")
+            name = f"{self.quantity}@{self.target}" if self.target else self.quantity
+            raise LimitError(f"{self.text}: the dense model's {name} is not known")
         return self.value * dense[self.key] if self.relative == "dense" else dense[self.key] + self.value
 
     def violation(self, values: Mapping[str, float], dense: Mapping[str, float]) -> float:

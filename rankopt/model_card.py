@@ -14,6 +14,7 @@ import torch
 from rankopt.errors import ArtifactError
 from rankopt.machine import processor
 from rankopt.plan import Plan
+from rankopt.result import told
 
 
 def environment() -> dict[str, str]:
@@ -52,7 +53,8 @@ def plain(measurements: Any, where: str = "measurements") -> Any:
 def model_card(name: str, plan: Plan, measurements: Any, record: Mapping[str, Any]) -> str:
     """Markdown: the dense model beside the compressed one, the methods used, and how to load it."""
     dense, small = (_section(measurements, key) for key in ("dense", "compressed"))
-    rows = [f"| {key} | {_shown(dense.get(key))} | {_shown(small.get(key))} |" for key in {**dense, **small}]
+    keys = [key for key in {**dense, **small} if told(key, {**dense, **small})]
+    rows = [f"| {key} | {_shown(dense.get(key))} | {_shown(small.get(key))} |" for key in keys]
     methods = ", ".join(f"{count} × {method}" for method, count in plan.methods().items()) or "no layers"
     argument = "" if record.get("source") else ", model=YourDenseModel()"
     return "\n".join(

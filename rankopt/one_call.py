@@ -14,6 +14,7 @@ from rankopt.evaluate import Metric
 from rankopt.limits import Limit, parse_limit
 from rankopt.result import Progress, Result
 from rankopt.search import Search
+from rankopt.targets.target import Target
 
 
 def search(
@@ -25,7 +26,8 @@ def search(
     evaluate: Callable[[nn.Module], float] | None = None,
     limits: Sequence[str | Limit] = ("macs<=50%",),
     trials: int = 64,
-    target: str | None = None,
+    target: str | Target | Sequence[str | Target] | None = None,
+    cache: Path | bool | None = None,
     storage: str | None = None,
     seed: int = 0,
     space: str | Path | Mapping[str, Any] | None = None,
@@ -48,7 +50,9 @@ def search(
             decides.
         limits: e.g. ``["macs<=50%", "accuracy>=-0.5"]``.
         trials: plans to measure.
-        target: where latency is measured; none so far.
+        target: where latency is measured: ``"onnxruntime"``, ``"torch:threads=2"``, a `Target`, or several of them, of
+            which the first is meant by ``latency<=4ms``. None: nowhere.
+        cache: folder of latency tables (None: the user's cache folder; False: nothing is kept).
         storage: an Optuna storage URL or a file (.db, .log); running again goes on there. None: in memory.
         seed: of everything that is random.
         space: a ready search space, a path or a mapping.
@@ -66,8 +70,6 @@ def search(
         InputError: something given is wrong; one line.
         InfeasibleError: nothing can keep the limits; says what is reachable.
     """
-    if target not in (None, "none"):
-        raise InputError(f"target: {target!r} is not known; known: none")
     for key, value, least in (("trials", trials, 1), ("seed", seed, 0), ("memory", memory or 0, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{key}: must be a whole number from {least}, got {value!r}")
@@ -95,6 +97,8 @@ def search(
         name=name,
         memory=memory,
         allow=allow,
+        targets=[] if target in (None, "none") else [target] if isinstance(target, str | Target) else list(target),
+        cache=cache,
     )
     return run.run(progress)
 

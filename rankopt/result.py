@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankopt.errors import InfeasibleError, InputError
-from rankopt.limits import Limit, parse_limit
+from rankopt.limits import Limit, measured_key, parse_limit
 from rankopt.pareto import front
 from rankopt.plan import Plan
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 MAXIMIZED = ("accuracy",)
+_UNITS = {"latency": " ms", "latency_p95": " ms", "memory": " MiB"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Result:
         limits: those that `feasible` refers to.
         dense: what the dense model measures.
         failed: trial → why it has no measurements.
+        notes: how well latencies are predicted, and which measurements were noisy.
     """
 
     entries: Sequence[Entry]
@@ -80,20 +82,23 @@ class Result:
     limits: tuple[Limit, ...]
     dense: Mapping[str, float]
     failed: Mapping[int, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     @property
     def front(self) -> list[Entry]:
         """The non-dominated entries in the objectives, from the most faithful to the cheapest; feasible ones first
         where there are any."""
-        pool = [e for e in self.entries if e.feasible] or list(self.entries)
-        pool = [e for e in pool if all(e.measurements.get(q) is not None for q in self.objectives)]
+        entries = [e for e in self.entries if e.trial >= 0]  # without the dense model
+        pool = [e for e in entries if e.feasible] or entries
+        pool = [e for e in pool if all(e.measurements.get(measured_key(q)) is not None for q in self.objectives)]
         indices: Sequence[Any] = list(front([minimized(e.measurements, self.objectives) for e in pool])) if pool else []
         return [pool[i] for i in indices]
 
     def best(self, limits: Sequence[Limit | str] | None = None) -> Entry:
         """The best entry within the limits (those of the study when None).
 
-        With a limit on quality (accuracy, kl) the cheapest entry that keeps it, else the one of the best quality.
+        With a limit on quality (accuracy, kl) the cheapest entry that keeps it, else the one of the best quality. One
+        that is slower than the dense model on a target only where all within the limits are.
 
         Raises:
             InfeasibleError: none keeps them; says what is reachable among the measured plans.
@@ -105,7 +110,9 @@ class Result:
         good = [e for e in known if all(li.violation(_values(e), self.dense) <= 0 for li in wanted)]
         if not good:
             raise InfeasibleError(self._nearest(known, wanted))
-        return min(good, key=self._order(wanted))
+        complete = [e for e in good if all(e.measurements.get(measured_key(o)) is not None for o in self.objectives)]
+        good = complete or good
+        return min([e for e in good if not _slower(e)] or good, key=self._order(wanted))
 
     def _order(self, limits: Sequence[Limit]) -> Callable[[Entry], tuple[float, ...]]:
         costs = [q for q in self.objectives if q not in ("accuracy", "kl")] or ["macs"]
@@ -123,9 +130,8 @@ class Result:
             values = [v for e in known if (v := e.measurements.get(li.key)) is not None]
             extreme = (max(values) if li.op == ">=" else min(values)) if values else None
             texts.append(f"{li} ({self._reached(li, extreme)})")
-        return (
-            f"none of {len(known)} measured plans keeps all limits: {', '.join(texts)}; allow more, or run more trials"
-        )
+        plans = sum(e.trial >= 0 for e in known)
+        return f"none of {plans} measured plans keeps all limits: {', '.join(texts)}; allow more, or run more trials"
 
     def _reached(self, limit: Limit, extreme: float | None) -> str:
         if extreme is None:
@@ -134,16 +140,29 @@ class Result:
             return f"reached: {extreme / self.dense[limit.key]:.1%} of dense"
         if limit.relative == "change":
             return f"reached: {extreme - self.dense[limit.key]:+.4g}"
-        return f"reached: {extreme:.6g}"
+        return f"reached: {extreme:.6g}{_UNITS.get(limit.quantity, '')}"
+
+
+def told(key: str, keys: Collection[str]) -> bool:
+    """Whether people are shown a measurement: not what is there for programs, nor the first target's values twice."""
+    name, at, _ = key.partition("@")
+    hidden = name.startswith("latency") and ("predicted" in name or "spread" in name)
+    twice = at and name in keys and key == next(k for k in keys if k.startswith(f"{name}@"))
+    return not (hidden or twice)
 
 
 def minimized(values: Mapping[str, float | None], quantities: Sequence[str]) -> tuple[float, ...]:
     """The quantities as numbers to be minimized; one that is not known is infinite."""
     out = []
     for q in quantities:
-        value = values.get(q)
+        value = values.get(measured_key(q))
         out.append(float("inf") if value is None else -value if q in MAXIMIZED else value)
     return tuple(out)
+
+
+def _slower(entry: Entry) -> bool:
+    """Whether it was measured to be slower than the dense model on some target."""
+    return any(k.startswith("latency_kept") and v is not None and v > 1 for k, v in entry.measurements.items())
 
 
 def _values(entry: Entry) -> dict[str, float]:

@@ -6,8 +6,7 @@ handed a function that turns a plan into measurements.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -17,30 +16,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from rankopt import artifact
-from rankopt.batches import Batch, count, digest, first, split
+from rankopt.batches import Batch, count, first, split
 from rankopt.calibration import CalibrationOptions
 from rankopt.candidates import Group, candidates, default_memory, factor_cache
 from rankopt.cost import Cost
 from rankopt.cost import count as count_costs
+from rankopt.devices import Devices
 from rankopt.divergence import Divergence
-from rankopt.errors import DataError, InputError, LimitError, PlanError, UncountedOperationError
+from rankopt.errors import DataError, InputError, PlanError, UncountedOperationError
 from rankopt.evaluate import Evaluator, Metric
 from rankopt.factors import Factors
+from rankopt.goals import checked_limit, checked_objectives
 from rankopt.layers import find_layers, fingerprint, run_once
 from rankopt.limits import Limit
 from rankopt.plan import Plan
+from rankopt.problem import space_of
 from rankopt.refit import Refit, RefitOptions
 from rankopt.result import Entry, Progress, Result
+from rankopt.saving import saved
 from rankopt.space import SearchSpace
 from rankopt.space_file import Space, load_space, resolve, tied_groups
 from rankopt.surgery import checked
+from rankopt.targets import read as read_target
+from rankopt.targets.target import Target
 
 if TYPE_CHECKING:
     from rankopt.study_file import StudyFile
 
 _HELD_BACK = 0.33
-_EXACT = ("macs", "params")
 
 
 class Search:
@@ -67,6 +70,11 @@ class Search:
             positions where this is not enough.
         allow: operations that no counter knows and that shall count as nothing, e.g. ``["mylib::op"]``.
         source: where the model's class is found, ``package.module:Name``; recorded in artifacts.
+        targets: where latency is measured, as `Target`s or as on the command line, ``"onnxruntime:threads=2"``. The
+            first is meant by limits and objectives that name none.
+        cache: folder of latency tables (None: the user's cache folder; False: nothing is kept).
+        retargeted: take over the quality of all plans that another study in the storage measured with the same model,
+            data and space; only latency is measured anew.
     """
 
     def __init__(
@@ -96,8 +104,12 @@ class Search:
         memory: int | None = None,
         allow: Sequence[str] = (),
         source: str | None = None,
+        targets: Sequence[Target | str] = (),
+        cache: Path | bool | None = None,
+        retargeted: bool = False,
     ) -> None:
         self.model, self.source, self.allow = model, source, tuple(allow)
+        self.retargeted = retargeted
         self.example, self.example_kwargs = example_input, dict(example_kwargs or {})
         if threads is not None:
             torch.set_num_threads(threads)
@@ -105,10 +117,13 @@ class Search:
             if count(calibration) < 2:
                 raise DataError("calibration: needs at least 2 samples, of which some are held back to judge plans")
             calibration, validation = split(calibration, _HELD_BACK, seed)
+        self.targets = [read_target(t) if isinstance(t, str) else t for t in targets]
+        self.cache = cache
         self.calibration, self.validation, self.tests = list(calibration), list(validation), tests
         self.metric = None if metric == "kl" else metric
-        self.objectives = _checked_objectives(objectives, self.metric)
-        self.limits = [_supported(limit, self.metric) for limit in limits]
+        labels = [t.called for t in self.targets]
+        self.objectives = checked_objectives(objectives, self.metric, labels)
+        self.limits = [checked_limit(limit, self.metric, labels) for limit in limits]
         self.trials, self.seed, self.storage, self.name = trials, seed, storage, name
         self.space_file = load_space(space)
         self.refit_options, self.refit_samples, self.bn = refit, refit_samples, bn
@@ -121,7 +136,8 @@ class Search:
         self.divergence = Divergence.of(
             run_once(model, batch.args, batch.kwargs, "calibration data"), output, class_dim
         )
-        self._progress: Callable[[Progress], None] = lambda p: None
+        self.progress: Callable[[Progress], None] = lambda p: None
+        self._began = time.perf_counter()
 
     @classmethod
     def from_study(
@@ -131,10 +147,9 @@ class Search:
         trials: int | None = None,
         storage: str | None = None,
         seed: int | None = None,
+        targets: Sequence[Target] | None = None,
     ) -> Search:
         """Build the model and data that a study file names. `storage` is a URL; the others replace the file's."""
-        if file.target.name != "none":
-            raise InputError(f"{file.path}: target: {file.target.name!r} is not known; known: none")
         torch.set_num_threads(file.threads)
         splits = file.splits()
         args, kwargs = file.example()
@@ -148,18 +163,21 @@ class Search:
             tests=splits.get("test"),
             metric=file.metric_function() or file.metric,
             limits=file.limits if limits is None else limits,
-            objectives=file.goals,
+            objectives=file.goals if targets is None else file.goals_on([t.called for t in targets]),
             space=file.load_space(),
             trials=file.trials if trials is None else trials,
             seed=file.seed if seed is None else seed,
             storage=storage or file.storage_url,
-            name=file.name,
+            name=file.study_on(targets),
             refit=RefitOptions() if file.refit.enabled else None,
             refit_samples=file.refit.samples,
             bn=file.recovery.bn,
             output=file.output.kind,
             class_dim=file.output.class_dim,
             allow=file.allow,
+            targets=file.make_targets() if targets is None else targets,
+            cache=file.cache_folder,
+            retargeted=file.study_on(targets) != file.name,
             source=None if spec.partition(":")[0].endswith(".py") else spec,
         )
 
@@ -183,7 +201,7 @@ class Search:
             options=self.options,
             use_statistics=self.space_file.statistics,
             max_bytes=self.memory,
-            progress=lambda text: self._progress(Progress(0, 0, 0.0, text=text)),
+            progress=self.tell,
         )
 
     @property
@@ -215,17 +233,24 @@ class Search:
             raise InputError(
                 f"model: none of its {len(self.layers)} layers can be decomposed" + (f" ({why})" if self.layers else "")
             )
-        totals = {"macs": float(self.cost.macs), "params": float(self.cost.params)}
-        fixed = {q: totals[q] - sum(getattr(la, q) for g in self.groups for la in g.layers) for q in totals}
-        bounds: dict[str, float] = {}
-        for limit in self.limits:
-            if limit.quantity in _EXACT:
-                bounds[limit.quantity] = min(limit.bound(totals), bounds.get(limit.quantity, float("inf")))
-        quantity = next((o for o in self.objectives if o in _EXACT), "macs")
-        if quantity not in bounds and bounds:
-            quantity = next(iter(bounds))
+        self.devices.prepare(self.groups, self.tell)
         skipped = {la.name: la.skip for la in self.layers if la.skip}
-        return SearchSpace(self.groups, fixed, totals, bounds, quantity, self.fingerprint, skipped)
+        return space_of(self.groups, self.cost, self.devices, self.limits, self.objectives, self.fingerprint, skipped)
+
+    @cached_property
+    def devices(self) -> Devices:
+        """The targets, and the dense model measured on them."""
+        wanted = [*self.objectives, *(li.quantity for li in self.limits)]
+        return Devices(
+            self.targets,
+            self.model,
+            self.layers,
+            self.example if isinstance(self.example, tuple) else (self.example,),
+            self.example_kwargs,
+            memory="memory" in wanted,
+            cache=self.cache,
+            seed=self.seed,
+        )
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -248,17 +273,23 @@ class Search:
             refit=refit,
             bn=self.bn,
             bn_batches=self.calibration,
+            devices=self.devices,
         )
 
     def run(self, progress: Callable[[Progress], None] | None = None) -> Result:
         """Search, or go on with a search in the same storage, until the study has `trials` trials."""
-        from rankopt import study
+        from rankopt import running
 
-        self._progress = progress or self._progress
-        space = self.space
-        opened = self._open()
-        study.run(opened, space, self.evaluator, self.limits, self.trials, self.seed, self._progress)
-        return study.with_owner(study.result_of(opened, self.limits), self)
+        self.progress, self._began = progress or self.progress, time.perf_counter()
+        return running.run(self)
+
+    def tell(self, text: str) -> None:
+        """Pass a line on to whoever watches."""
+        self.progress(Progress(0, 0, time.perf_counter() - self._began, text=text))
+
+    def notes(self) -> list[str]:
+        """What the user should know of the latencies: the prediction's error, and measurements that were noisy."""
+        return self.devices.report()
 
     def evaluate(self, plan: Plan) -> Entry:
         """Measure a plan of one's own. Raises `PlanError` or `LayerError` when it does not fit this model."""
@@ -291,58 +322,4 @@ class Search:
         Returns:
             ``{"validation": {...}, "test": {...} or None}``, measured on the reloaded model.
         """
-        built = self.build(entry.plan, bn=bool(entry.notes.get("bn", 0)))
-        costs = self.evaluator.costs(entry.plan)
-        compressed: dict[str, Any] = {**costs, **self.measure(built)}
-        measurements: dict[str, Any] = {"dense": dict(self.evaluator.dense), "compressed": compressed}
-        if self.tests is not None:
-            measurements["dense_test"] = self.measure(self.model, "test")
-            measurements["compressed_test"] = self.measure(built, "test")
-        artifact.save(directory, built, entry.plan, measurements=measurements, source=self.source, force=force)
-        loaded = artifact.load(directory, self.model)
-        test = {**costs, **self.measure(loaded, "test")} if self.tests is not None else None
-        return {"validation": {**costs, **self.measure(loaded)}, "test": test}
-
-    def _open(self) -> Any:
-        from rankopt import study
-
-        dense = self.evaluator.dense
-        return study.open_study(
-            study.open_storage(self.storage), self.name, self.objectives, self._facts(), dense, self.limits
-        )
-
-    def _facts(self) -> dict[str, str]:
-        space = json.dumps({n: repr(s) for n, s in self.spaces.items()}, sort_keys=True) + repr(self.space_file.tied)
-        return {
-            "model": self.fingerprint.architecture,
-            "weights": self.fingerprint.weights,
-            "calibration data": digest(self.calibration),
-            "validation data": digest(self.validation),
-            "search space": hashlib.sha256(space.encode()).hexdigest()[:16],
-            "metric": self.metric if isinstance(self.metric, str) else "a callable" if self.metric else "none",
-            "refit": repr(self.refit_options) + f" on {self.refit_samples} samples",
-            "bn": self.bn,
-        }
-
-
-def _checked_objectives(given: Sequence[str] | None, metric: Any) -> tuple[str, ...]:
-    """The objectives, or the default: accuracy (kl without a metric) and macs."""
-    if given is None or (not isinstance(given, str) and len(given) == 0):
-        return ("accuracy" if metric else "kl", "macs")
-    known = ["accuracy", "kl", *_EXACT] if metric else ["kl", *_EXACT]
-    wrong = [o for o in ([given] if isinstance(given, str) else given) if o not in known]
-    if isinstance(given, str) or wrong:
-        raise InputError(
-            f"objectives: needs a list out of {', '.join(known)}, got {given if not wrong else wrong[0]!r}"
-        )
-    if len(set(given)) < len(given) or not {"accuracy", "kl"} & set(given):
-        raise InputError(f"objectives: each stands once, and accuracy or kl is among them, got {', '.join(given)}")
-    return tuple(given)
-
-
-def _supported(limit: Limit, metric: Any) -> Limit:
-    if limit.quantity in ("latency", "latency_p95", "memory"):
-        raise LimitError(f"limit {str(limit)!r}: {limit.quantity} is not measured without a target")
-    if limit.quantity == "accuracy" and not metric:
-        raise LimitError(f"limit {str(limit)!r}: accuracy needs a metric other than kl")
-    return limit
+        return saved(self, entry, Path(directory), force)

@@ -18,9 +18,9 @@ Reading the file imports nothing that it names: `build_model`, `splits` and `met
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
@@ -28,15 +28,38 @@ from rankopt.callables import call, check_spec, load_callable
 from rankopt.errors import LimitError, StudyFileError
 from rankopt.limits import Limit, parse_limit
 from rankopt.space_file import Space, load_space
+from rankopt.targets import names as target_names
 from rankopt.yaml_file import Strict, closest, parse, read_yaml, shown
 
 if TYPE_CHECKING:
     from torch import nn
 
     from rankopt.batches import Batch
+    from rankopt.targets.target import Target
 
 SPLITS = ("calibration", "validation", "test")
-ObjectiveName = Literal["accuracy", "kl", "macs", "params"]
+
+
+def _objective(value: Any) -> str:
+    name, _, label = str(value).partition("@")
+    known = ("accuracy", "kl", "macs", "params", "latency", "latency_p95", "memory")
+    if not isinstance(value, str) or name not in known or (label and not name.startswith("latency")):
+        raise ValueError(f"an objective is one of {', '.join(known)} (or latency@TARGET), got {shown(value)}")
+    return value
+
+
+def _targets(value: Any) -> list[dict[str, Any]]:
+    """A name, a mapping with a name and options, or a list of them; ``none`` is none at all."""
+    listed = value if isinstance(value, list) else [] if value in (None, "none") else [value]
+    out = []
+    for one in listed:
+        spec = {"name": one} if isinstance(one, str) else one
+        if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
+            raise ValueError(f"a target is a name, or a mapping with name and its options, got {shown(one)}")
+        if spec["name"] not in target_names():
+            raise ValueError(f"{spec['name']!r} is not known{closest(spec['name'], target_names())}")
+        out.append(dict(spec))
+    return out
 
 
 def _short(key: str) -> BeforeValidator:
@@ -72,13 +95,6 @@ class SplitSpec(Strict):
 
     samples: int | None = Field(None, ge=1)
     batch: int = Field(128, ge=1)
-
-
-class TargetSpec(Strict):
-    """Where latency is measured."""
-
-    name: str = "none"
-    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class RefitSpec(Strict):
@@ -118,8 +134,9 @@ class StudyFile(Strict):
     test: SplitSpec = SplitSpec(batch=256)
     space: Any = "default"
     limits: list[Annotated[Limit, BeforeValidator(_limit)]] = Field(default_factory=list)
-    objectives: list[ObjectiveName] = Field(default_factory=list, max_length=len(get_args(ObjectiveName)))
-    target: Annotated[TargetSpec, _short("name")] = TargetSpec()
+    objectives: list[Annotated[str, BeforeValidator(_objective)]] = Field(default_factory=list, max_length=12)
+    target: Annotated[list[dict[str, Any]], BeforeValidator(_targets)] = Field(default_factory=list)
+    cache: str | None = Field(None, min_length=1)
     trials: int = Field(64, ge=1, le=1_000_000)
     seed: int = Field(0, ge=0, lt=2**32)
     threads: int = Field(1, ge=1, le=1024)
@@ -153,8 +170,37 @@ class StudyFile(Strict):
 
     @property
     def goals(self) -> list[str]:
-        """The objectives, or the default: accuracy (kl where there is no other metric) and macs."""
-        return list(self.objectives) or ["kl" if self.metric == "kl" else "accuracy", "macs"]
+        """The objectives, or the default: accuracy (kl where there is no other metric), and latency where there is a
+        target, else macs."""
+        quality = "kl" if self.metric == "kl" else "accuracy"
+        return list(self.objectives) or [quality, "latency" if self.target else "macs"]
+
+    def goals_on(self, labels: Sequence[str]) -> list[str]:
+        """The objectives on other targets than the file's: latency takes the place of costs if there is none of it."""
+        quality = [o for o in self.goals if o in ("accuracy", "kl")]
+        costs = [o for o in self.goals if o not in quality and o.partition("@")[2] in ("", *labels)]
+        times = [o for o in costs if o.startswith("latency")]
+        return [*quality, *(costs if times else ["latency"])]
+
+    def make_targets(self) -> list[Target]:
+        """The targets that are named; raises `StudyFileError` that names the option that is wrong."""
+        from rankopt.targets import make
+
+        return [
+            make(spec["name"], {k: v for k, v in spec.items() if k != "name"}, f"{self._path}: ")
+            for spec in self.target
+        ]
+
+    def study_on(self, targets: Sequence[Target] | None) -> str:
+        """The study's name in its storage; on other targets than the file's it is one of its own."""
+        if targets is None or list(targets) == self.make_targets():
+            return self.name
+        return f"{self.name} on {', '.join(t.called for t in targets)}"
+
+    @property
+    def cache_folder(self) -> Path | None:
+        """Where latency tables are kept; None: in the user's cache folder."""
+        return None if self.cache is None else self.base_dir / Path(self.cache).expanduser()
 
     @property
     def storage_url(self) -> str:

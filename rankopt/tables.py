@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from rankopt.result import told
+
 if TYPE_CHECKING:
     from rankopt.layer_spec import LayerSpec
     from rankopt.space_file import LayerSpace
 
 MEASURED = ("accuracy", "kl", "macs_kept", "params_kept", "latency_ms", "latency_kept")
+_DEVICE = ("latency", "peak_memory", "memory")
 _HEADS = {
     "accuracy": "accuracy",
     "kl": "kl",
@@ -26,6 +29,7 @@ def front_row(entry: Any) -> dict[str, Any]:
     """One entry of a result as JSON; what was not measured is null."""
     values = entry.measurements
     row = {"trial": entry.trial, **{key: values.get(key) for key in MEASURED}}
+    row |= {k: v for k, v in values.items() if k.startswith(_DEVICE) and k not in row and told(k, values)}
     return row | {"feasible": bool(entry.feasible), "methods": entry.plan.methods()}
 
 
@@ -36,8 +40,11 @@ def front_table(
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("trial", justify="right", no_wrap=True)
     shown = [key for key in MEASURED if any(row.get(key) is not None for row in rows)]
+    if "latency_ms" in shown and "params_kept" in shown:
+        shown.remove("params_kept")  # it would not fit 80 columns
+    shown += dict.fromkeys(key for row in rows for key in row if key.startswith("latency_ms@"))
     for key in shown:
-        table.add_column(_HEADS[key], justify="right", no_wrap=True)
+        table.add_column(_HEADS.get(key, key.replace("latency_ms", "ms")), justify="right", no_wrap=True)
     table.add_column("limits", no_wrap=True)
     table.add_column("layers per method", overflow="fold")
     if dense:
@@ -119,6 +126,8 @@ def measured_table(columns: Mapping[str, Mapping[str, Any]]) -> Table:
         table.add_column(head, justify="right", no_wrap=True)
     keys = list(dict.fromkeys(key for values in columns.values() for key in values))
     for key in keys:
+        if not told(key, keys):
+            continue
         if any(isinstance(values.get(key), int | float) for values in columns.values()):
             table.add_row(key, *(quantity(key, values.get(key)) for values in columns.values()))
     return table
@@ -128,13 +137,13 @@ def quantity(key: str, value: Any) -> str:
     """A measured value as it is shown."""
     if not isinstance(value, int | float):
         return "–"
-    if key.endswith("_kept"):
+    if "_kept" in key:
         return f"{value:.1%}"
     if key in ("macs", "params"):
         return compact(value)
     if key.startswith("kl"):
         return f"{value:.4f}"
-    return f"{value:.3f}" if key.endswith("_ms") else f"{value:.2f}"
+    return f"{value:.3f}" if "_ms" in key else f"{value:.2f}"
 
 
 def compact(value: float) -> str:

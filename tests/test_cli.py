@@ -98,6 +98,7 @@ class FakeResult:
         FakeEntry(3, {"accuracy": 98.5, "kl": 0.01, "macs_kept": 0.81, "params_kept": 0.9, "latency_ms": None}, False),
     ]
     front = entries
+    notes: ClassVar[list[str]] = []
     dense: ClassVar = {"accuracy": 98.75, "macs": 1.8e6, "params": 7e4}
 
     def best(self, limits: Any = None) -> FakeEntry:
@@ -121,6 +122,9 @@ class FakeSearch:
             progress(types.SimpleNamespace(done=done, total=2, seconds=1.0, best=best, hypervolume=2.5, text=""))
         return FakeResult()
 
+    def notes(self) -> list[str]:
+        return []
+
     def evaluate(self, plan: Plan) -> FakeEntry:
         return FakeEntry(-1, {"accuracy": 90.0}, True, plan)
 
@@ -136,11 +140,11 @@ class FakeSearch:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeSearch]:
     FakeSearch.calls = []
-    search, study = types.ModuleType("rankopt.search"), types.ModuleType("rankopt.study")
+    search, study = types.ModuleType("rankopt.search"), types.ModuleType("rankopt.ledger")
     search.Search = FakeSearch  # type: ignore[attr-defined]
     study.read_result = lambda url, name, limits=None: FakeResult()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "rankopt.search", search)
-    monkeypatch.setitem(sys.modules, "rankopt.study", study)
+    monkeypatch.setitem(sys.modules, "rankopt.ledger", study)
     return FakeSearch
 
 
@@ -209,7 +213,7 @@ def test_search_shows_progress_front_and_what_was_saved(
     (_, name, options), saved = engine.calls
     assert name == "tiny"
     assert [str(limit) for limit in options.pop("limits")] == ["macs<=40%"]
-    assert options == {"trials": 9, "seed": 3, "storage": f"sqlite:///{Path('x.db').resolve()}"}
+    assert options == {"targets": None, "trials": 9, "seed": 3, "storage": f"sqlite:///{Path('x.db').resolve()}"}
     assert saved == ("save", 0, str(out), False)
 
 

@@ -19,13 +19,17 @@ LONGER = {"rankopt.testing": 480}
 HEAVY = ("torch", "optuna", "ray", "onnxruntime", "tensorly", "thop", "scipy", "numpy", "pydantic", "rich", "typer")
 # package → where it may be imported: a module, or all below it when it ends in a dot
 HOMES = {
-    "optuna": ["rankopt.study"],
+    "optuna": ["rankopt.study", "rankopt.ledger", "rankopt.proposals"],
     "tensorly": ["rankopt.decompositions."],
     "thop": ["rankopt.cost", "rankopt.testing"],
-    "scipy": ["rankopt.allocate"],
-    "pytest": ["rankopt.testing"],
+    "scipy": ["rankopt.allocate", "rankopt.latency_fit", "rankopt.latency_table"],
+    "pytest": ["rankopt.testing", "rankopt.target_contract"],
     "hypothesis": ["rankopt.testing"],
-    "ray": [],
+    "ray": ["rankopt.targets.ray_node"],
+    "onnx": ["rankopt.onnx_file"],
+    "onnxscript": ["rankopt.onnx_file"],
+    "onnxruntime": ["rankopt.targets.onnxruntime"],
+    "openvino": ["rankopt.targets.openvino"],
     "sklearn": [],
     "torchvision": [],
 }

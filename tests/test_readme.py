@@ -186,11 +186,13 @@ def test_links_lead_somewhere(text: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_method_in_the_architecture_keeps_the_contract(tmp_path: Path) -> None:
-    (block,) = blocks(ARCHITECTURE, "python")
-    (tmp_path / "test_sketched.py").write_text(block, encoding="utf-8")
+@pytest.mark.parametrize("number", [0, 1], ids=["method", "target"])
+def test_what_the_architecture_adds_keeps_the_contract(number: int, tmp_path: Path) -> None:
+    written = blocks(ARCHITECTURE, "python")
+    assert len(written) == 2
+    (tmp_path / "test_added.py").write_text(written[number], encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_sketched.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_added.py"],
         capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:]

@@ -22,7 +22,7 @@ import pytest
 import yaml
 from test_space import GROUPS, cost, made, totals
 
-from rankopt import study
+from rankopt import ledger, study
 from rankopt.cli import main
 from rankopt.errors import InfeasibleError, InputError, RankoptError, StudyMismatchError
 from rankopt.evaluate import Evaluation
@@ -36,7 +36,7 @@ LIMITS = [parse_limit("macs<=60%")]
 FACTS = {"weights": "w1", "data": "d1"}
 
 
-def measure(plan: Plan, limits: Sequence[Limit] = ()) -> Evaluation:
+def measure(plan: Plan, limits: Sequence[Limit] = (), *_: Any) -> Evaluation:
     """A loss that the prediction gets wrong in its own way, the same for every process."""
     macs, params = cost(plan, "macs"), cost(plan, "params")
     found = {"macs": macs, "params": params, "macs_kept": macs / DENSE["macs"], "params_kept": params / DENSE["params"]}
@@ -63,14 +63,14 @@ def search(
     storage: Any = None,
     progress: Callable[[Progress], None] = lambda p: None,
 ) -> Result:
-    opened = study.open_study(storage or study.open_storage(url), name, objectives, facts, DENSE, limits)
+    opened = ledger.open_study(storage or ledger.open_storage(url), name, objectives, facts, DENSE, limits)
     bounds = {li.quantity: li.bound(DENSE) / DENSE[li.quantity] for li in limits if li.quantity in ("macs", "params")}
     study.run(opened, made(bounds), evaluate, limits, trials, seed, progress)
-    return study.result_of(opened, limits)
+    return ledger.result_of(opened, limits)
 
 
 def trials_of(url: str, name: str = "s") -> list[optuna.trial.FrozenTrial]:
-    return optuna.load_study(study_name=name, storage=study.open_storage(url)).get_trials(deepcopy=False)
+    return optuna.load_study(study_name=name, storage=ledger.open_storage(url)).get_trials(deepcopy=False)
 
 
 def counted(url: str, name: str = "s") -> list[optuna.trial.FrozenTrial]:
@@ -137,7 +137,7 @@ def test_what_is_stored_of_a_trial(tmp_path: Path) -> None:
         excess = {str(li): li.violation(measure(plan).measurements, DENSE) for li in (*LIMITS, parse_limit("kl<=0.1"))}
         assert trial.constraints == pytest.approx(excess)
         assert trial.user_attrs["predicted_kl"] == pytest.approx(made({"macs": 0.6}).predicted(plan))
-    best = optuna.load_study(study_name="s", storage=study.open_storage(url)).best_trials
+    best = optuna.load_study(study_name="s", storage=ledger.open_storage(url)).best_trials
     assert all(max(t.constraints.values()) <= 0 for t in best)
 
 
@@ -168,7 +168,7 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
 def test_plans_that_come_again_are_not_measured_again() -> None:
     asked: list[str] = []
 
-    def once(plan: Plan, limits: Sequence[Limit]) -> Evaluation:
+    def once(plan: Plan, limits: Sequence[Limit], *_: Any) -> Evaluation:
         asked.append(plan.digest)
         return measure(plan, limits)
 
@@ -180,7 +180,7 @@ def test_plans_that_come_again_are_not_measured_again() -> None:
     "objectives", [("kl", "params"), ("accuracy", "macs"), ("kl",), ("accuracy", "kl", "macs", "params")]
 )
 def test_other_objectives(objectives: tuple[str, ...]) -> None:
-    def both(plan: Plan, limits: Sequence[Limit]) -> Evaluation:
+    def both(plan: Plan, limits: Sequence[Limit], *_: Any) -> Evaluation:
         found = measure(plan, limits)
         found.measurements["accuracy"] = 100 - 20 * found.measurements.get("kl", 0)
         return found
@@ -200,7 +200,7 @@ class Ends:
     def __init__(self, at: int, how: type[BaseException]) -> None:
         self.left, self.how = at, how
 
-    def __call__(self, plan: Plan, limits: Sequence[Limit]) -> Evaluation:
+    def __call__(self, plan: Plan, limits: Sequence[Limit], *_: Any) -> Evaluation:
         if self.left == 0:
             raise self.how
         self.left -= 1
@@ -268,7 +268,7 @@ def test_other_limits_go_on_with_what_is_known(tmp_path: Path, capfd: pytest.Cap
     for entry in result.entries:
         assert entry.feasible == (float(entry.measurements["macs_kept"] or 1) <= 0.45)
     assert float(result.best().measurements["macs_kept"] or 1) <= 0.45
-    assert study.read_result(f"sqlite:///{url}", "s").limits == tuple(tighter)
+    assert ledger.read_result(f"sqlite:///{url}", "s").limits == tuple(tighter)
     assert capfd.readouterr().err == ""
 
 
@@ -278,7 +278,7 @@ def test_several_studies_in_one_storage(tmp_path: Path) -> None:
     search(url, 6, name="two", objectives=("kl", "params"))
     assert (len(trials_of(url, "one")), len(trials_of(url, "two"))) == (4, 6)
     with pytest.raises(InputError, match=r"study three: not in .*; it holds one, two"):
-        study.read_result(f"sqlite:///{url}", "three")
+        ledger.read_result(f"sqlite:///{url}", "three")
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_a_study_of_someone_else(tmp_path: Path) -> None:
 def failing(every: int, error: Exception | None = None) -> Callable[..., Evaluation]:
     calls = 0
 
-    def evaluate(plan: Plan, limits: Sequence[Limit]) -> Evaluation:
+    def evaluate(plan: Plan, limits: Sequence[Limit], *_: Any) -> Evaluation:
         nonlocal calls
         calls += 1
         if calls % every == 0:
@@ -347,13 +347,13 @@ def test_eight_in_a_row_end_it(tmp_path: Path) -> None:
         search(url, 30, failing(1, ZeroDivisionError("x")))
     assert len(trials_of(url)) == 8
     with pytest.raises(InfeasibleError, match="no trial was measured to the end: ZeroDivisionError"):
-        study.read_result(f"journal:///{url}", "s").best()
+        ledger.read_result(f"journal:///{url}", "s").best()
 
 
 def test_a_trial_that_is_stopped_at_a_limit_is_no_failure(tmp_path: Path) -> None:
     url = str(tmp_path / "s.log")
 
-    def strict(plan: Plan, limits: Sequence[Limit]) -> Evaluation:
+    def strict(plan: Plan, limits: Sequence[Limit], *_: Any) -> Evaluation:
         return measure(plan, [parse_limit("macs<=40%")])
 
     result = search(url, 10, strict)
@@ -367,7 +367,7 @@ def test_a_trial_that_is_stopped_at_a_limit_is_no_failure(tmp_path: Path) -> Non
 
 def test_reading_needs_a_study(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing was searched yet"):
-        study.read_result(f"sqlite:///{tmp_path / 'gone.db'}", "s")
+        ledger.read_result(f"sqlite:///{tmp_path / 'gone.db'}", "s")
     assert not (tmp_path / "gone.db").exists()
 
 
@@ -376,12 +376,12 @@ def test_reading_gives_what_the_run_gave(url: str | None) -> None:
         pytest.skip("memory is not read from elsewhere")
     result = search(url, 8)
     full = f"journal:///{url}" if url.endswith(".log") else f"sqlite:///{url}"
-    read = study.read_result(full, "s")
+    read = ledger.read_result(full, "s")
     assert [(e.trial, e.plan, e.measurements, e.feasible) for e in read.entries] == [
         (e.trial, e.plan, e.measurements, e.feasible) for e in result.entries
     ]
     assert read.dense == DENSE
-    stricter = study.read_result(full, "s", [parse_limit("macs<=30%")])
+    stricter = ledger.read_result(full, "s", [parse_limit("macs<=30%")])
     assert [e.feasible for e in stricter.entries] == [
         float(e.measurements["macs_kept"] or 1) <= 0.3 for e in read.entries
     ]
@@ -521,7 +521,7 @@ def test_reading_while_another_process_writes(tmp_path: Path) -> None:
     process.start()
     counts = []
     while process.is_alive():
-        counts.append(len(study.read_result(f"sqlite:///{path}", "s").entries))
+        counts.append(len(ledger.read_result(f"sqlite:///{path}", "s").entries))
         time.sleep(0.05)
     process.join()
     assert process.exitcode == 0

@@ -74,7 +74,7 @@ def test_defaults(folder: Path) -> None:
     assert loaded.goals == ["accuracy", "macs"]
     assert study(folder, metric="kl").goals == ["kl", "macs"]
     assert loaded.limits == []
-    assert loaded.target.name == "none"
+    assert loaded.target == []
     assert loaded.storage_url == f"sqlite:///{folder.resolve() / 'runs' / 'study.db'}"
     assert loaded.metric_function() is None
     assert loaded.recovery.bn == "auto"

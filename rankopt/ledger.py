@@ -1,0 +1,267 @@
+"""The ledger of a study: what its Optuna storage holds, and how it is opened, checked and read.
+
+Every trial's plan, measurements, violations and notes are in its user attributes; what the study was begun with is in
+the study's. One process writes to a study at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import StorageInternalError
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from rankopt.errors import InputError, StudyMismatchError
+from rankopt.limits import Limit, parse_limit
+from rankopt.measurement import same_conditions
+from rankopt.plan import Plan
+from rankopt.result import MAXIMIZED, Entry, Result
+
+FACTS, DENSE, LIMITS, CONDITIONS, CONFIRMED, SAID = (
+    f"rankopt:{name}" for name in ("begun_with", "dense", "limits", "conditions", "confirmed", "said")
+)
+QUALITY = ("kl", "accuracy", "accuracy_se")
+PLAN, VALUES, EXCESS, NOTES, REASON = "plan", "measurements", "violations", "notes", "reason"
+PLAN_DIGEST = "inherited plan"  # of a plan of another study that could not be measured here
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def open_storage(url: str | None) -> BaseStorage:
+    """An Optuna storage: None (memory), ``sqlite:///file.db`` or any SQL URL, ``journal:///file.log``.
+
+    Folders are made. Raises `InputError`, one line, when it can't be opened.
+    """
+    if url is None:
+        return InMemoryStorage()
+    if "://" not in url:
+        url = f"journal:///{url}" if url.endswith((".log", ".journal")) else f"sqlite:///{url}"
+    scheme, _, rest = url.partition("://")
+    if scheme in ("sqlite", "journal"):
+        path = Path(rest.removeprefix("/") if scheme == "sqlite" or rest.startswith("//") else rest)
+        path = Path(rest[1:]) if rest.startswith("/") else path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"storage {url}: {path.parent} can't be made: {error.strerror}") from None
+    try:
+        if scheme == "journal":
+            return JournalStorage(JournalFileBackend(str(path)))
+        return RDBStorage(url, {"connect_args": {"factory": _Connection}} if scheme == "sqlite" else None)
+    except Exception as error:
+        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"storage {url}: can't be opened: {text}") from None
+
+
+class _Connection(sqlite3.Connection):
+    """Waits for the disk now and then instead of twenty times a trial; what is committed survives a killed process."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        with suppress(sqlite3.OperationalError):  # opened for reading only
+            self.execute("PRAGMA journal_mode=WAL")
+            self.execute("PRAGMA synchronous=NORMAL")
+
+
+def open_study(
+    storage: BaseStorage,
+    name: str,
+    objectives: Sequence[str],
+    facts: Mapping[str, str],
+    dense: Mapping[str, float],
+    limits: Sequence[Limit],
+    conditions: Mapping[str, Mapping[str, str]] | None = None,
+) -> optuna.Study:
+    """Create a study, or open it again if it was begun with the same facts.
+
+    Args:
+        storage: from `open_storage`.
+        name: of the study.
+        objectives: in order.
+        facts: what must not change (digests of model, data, space, ...): name → value.
+        dense: the dense model's measurements.
+        limits: may change from one run to the next.
+        conditions: target → what its times depend on besides the model.
+
+    Raises:
+        StudyMismatchError: names the first fact that differs.
+        ConditionsError: a target's conditions differ; names which.
+    """
+    facts = {"objectives": ", ".join(objectives), **facts}
+    directions = [StudyDirection.MAXIMIZE if o in MAXIMIZED else StudyDirection.MINIMIZE for o in objectives]
+    with writable(name):
+        if name not in optuna.study.get_all_study_names(storage):
+            study = optuna.create_study(storage=storage, study_name=name, directions=directions)
+            study.set_user_attr(FACTS, dict(facts))
+            study.set_user_attr(CONDITIONS, {k: dict(v) for k, v in (conditions or {}).items()})
+            study.set_user_attr(DENSE, dict(dense))
+        else:
+            study = optuna.load_study(study_name=name, storage=storage)
+            _check_facts(study, name, facts)
+            for label, now in (conditions or {}).items():
+                begun = study.user_attrs.get(CONDITIONS, {}).get(label, {})
+                same_conditions(begun, now, f"study {name}: target {label}")
+            # Times are recorded at the pace that the dense model had when the study began.
+            paced = {k: v for k, v in study.user_attrs[DENSE].items() if k.startswith("latency")}
+            study.set_user_attr(DENSE, {**dense, **paced})
+        study.set_user_attr(LIMITS, [str(li) for li in limits])
+    return study
+
+
+def begun_with(storage: BaseStorage, name: str) -> dict[str, float]:
+    """What the dense model measured when this study began; empty where there is none yet."""
+    if name not in optuna.study.get_all_study_names(storage):
+        return {}
+    return dict(optuna.load_study(study_name=name, storage=storage).user_attrs.get(DENSE, {}))
+
+
+@contextmanager
+def writable(name: str) -> Iterator[None]:
+    """Turn what the storage raises when it can't be written into one line."""
+    try:
+        yield
+    except StorageInternalError as error:
+        cause = error.__cause__ or error
+        raise InputError(f"study {name}: its storage can't be written: {str(cause).splitlines()[0]}") from error
+
+
+def result_of(study: optuna.Study, limits: Sequence[Limit] | None = None) -> Result:
+    """What the study holds, judged by these limits (its own when None)."""
+    wanted = [parse_limit(t) for t in study.user_attrs.get(LIMITS, [])] if limits is None else list(limits)
+    return gathered(study, wanted, known_entries(study, wanted))
+
+
+def known_entries(study: optuna.Study, limits: Sequence[Limit]) -> list[Entry]:
+    """All measured plans of a study; what was measured again at the end counts instead of the first measurement."""
+    dense = study.user_attrs.get(DENSE, {})
+    again = study.user_attrs.get(CONFIRMED, {})
+    return [
+        confirmed(entry, again[entry.plan.digest], limits, dense) if entry.plan.digest in again else entry
+        for entry in entries_of(study.get_trials(deepcopy=False), limits, dense)
+    ]
+
+
+def confirm(study: optuna.Study, plan: Plan, values: Mapping[str, float]) -> None:
+    """Record that a plan was measured again."""
+    with writable(study.study_name):
+        study.set_user_attr(CONFIRMED, {**study.user_attrs.get(CONFIRMED, {}), plan.digest: dict(values)})
+
+
+def say(study: optuna.Study, notes: Sequence[str]) -> None:
+    """Record what the user should know of the measurements."""
+    with writable(study.study_name):
+        study.set_user_attr(SAID, list(notes))
+
+
+def confirmed(entry: Entry, values: Mapping[str, float], limits: Sequence[Limit], dense: Mapping[str, float]) -> Entry:
+    """An entry with newer measurements."""
+    merged = {**entry.measurements, **values}
+    known = {k: v for k, v in merged.items() if v is not None}
+    feasible = all(li.violation(known, dense) <= 0 for li in limits)
+    return replace(entry, measurements=merged, feasible=feasible, notes={**entry.notes, "confirmed": 1.0})
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A plan whose quality was measured in some study of a storage, and what was proposed for it."""
+
+    plan: Plan
+    quality: Mapping[str, float]
+    params: Mapping[str, float]
+
+
+def judged(storage: BaseStorage, facts: Mapping[str, str], besides: str) -> list[Judged]:
+    """Plans of all studies of a storage (besides one) that were begun with the same model, data, space and refit."""
+    found: dict[str, Judged] = {}
+    for name in optuna.study.get_all_study_names(storage):
+        study = optuna.load_study(study_name=name, storage=storage)
+        begun = study.user_attrs.get(FACTS, {})
+        if name == besides or any(begun.get(key) != value for key, value in facts.items() if key != "targets"):
+            continue
+        for trial in study.get_trials(deepcopy=False):
+            values = trial.user_attrs.get(VALUES, {})
+            if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and values.get("kl") is not None:
+                plan = Plan.from_dict(trial.user_attrs[PLAN], f"study {name}, trial {trial.number}")
+                quality = {k: v for k, v in values.items() if k in QUALITY}
+                quality["bn"] = trial.user_attrs.get(NOTES, {}).get("bn", 0.0)
+                found.setdefault(plan.digest, Judged(plan, quality, dict(trial.params)))
+    return list(found.values())
+
+
+def read_result(url: str, name: str, limits: Sequence[Limit] | None = None) -> Result:
+    """Read a study from storage; needs neither the model nor the data.
+
+    Raises:
+        InputError: there is no such study.
+    """
+    path = Path(url.removeprefix("sqlite:///"))
+    if url.startswith("sqlite:///") and not path.is_file():
+        raise InputError(f"study {name}: nothing was searched yet ({path} does not exist); run: rankopt search")
+    storage = open_storage(url)
+    known = optuna.study.get_all_study_names(storage)
+    if name not in known:
+        raise InputError(f"study {name}: not in {url}; it holds {', '.join(sorted(known)) or 'no study'}")
+    return result_of(optuna.load_study(study_name=name, storage=storage), limits)
+
+
+def entries_of(trials: Sequence[FrozenTrial], limits: Sequence[Limit], dense: Mapping[str, float]) -> list[Entry]:
+    """Measured plans in the order of trials; of one that came twice the first."""
+    found: dict[str, Entry] = {}
+    for trial in trials:
+        values = trial.user_attrs.get(VALUES)
+        if values is None or trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
+            continue
+        plan = Plan.from_dict(trial.user_attrs[PLAN], f"trial {trial.number}")
+        feasible = all(li.violation(values, dense) <= 0 for li in limits)
+        found.setdefault(plan.digest, Entry(trial.number, plan, values, feasible, trial.user_attrs.get(NOTES, {})))
+    return list(found.values())
+
+
+def gathered(study: optuna.Study, limits: Sequence[Limit], entries: Any) -> Result:
+    """Entries, with what the study knows besides."""
+    attrs = study.user_attrs
+    failed = {t.number: t.user_attrs[REASON] for t in study.get_trials(deepcopy=False) if t.user_attrs.get(REASON)}
+    objectives = tuple(attrs[FACTS]["objectives"].split(", "))
+    dense = attrs.get(DENSE, {})
+    said = tuple(attrs.get(SAID, ()))
+    return Result([*entries, *_unchanged(dense, limits)], objectives, tuple(limits), dense, failed, said)
+
+
+def _unchanged(dense: Mapping[str, float], limits: Sequence[Limit]) -> list[Entry]:
+    """The dense model as an entry, where latency is measured: what is handed over is never slower than it."""
+    if not any(key.startswith("latency_ms") for key in dense):
+        return []
+    values = {**dense, "kl": 0.0, "macs_kept": 1.0, "params_kept": 1.0}
+    feasible = all(li.violation(values, dense) <= 0 for li in limits)
+    return [Entry(-1, Plan({}), values, feasible)]
+
+
+def _check_facts(study: optuna.Study, name: str, facts: Mapping[str, str]) -> None:
+    begun = study.user_attrs.get(FACTS)
+    if begun is None:
+        raise StudyMismatchError(f"study {name}: this storage holds a study of that name that rankopt did not begin")
+    for key in [*facts, *(k for k in begun if k not in facts)]:
+        if begun.get(key) != facts.get(key):
+            raise StudyMismatchError(
+                f"study {name}: was begun with another {key} ({_short(begun.get(key))}, now {_short(facts.get(key))});"
+                " take another name or storage, or go back to it"
+            )
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value)[:60] if value is not None else "none"
+
+
+def with_owner(result: Result, owner: Any) -> Result:
+    """The same result whose entries can be built."""
+    return replace(result, entries=[replace(e, _owner=owner) for e in result.entries])

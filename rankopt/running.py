@@ -1,0 +1,87 @@
+"""`run`: a search from opening its storage to the last measurement of its winner, in order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from rankopt import ledger, study
+from rankopt.batches import digest
+from rankopt.errors import InputError
+from rankopt.problem import learn
+from rankopt.result import Entry, Result
+
+if TYPE_CHECKING:
+    from rankopt.search import Search
+
+
+def run(search: Search) -> Result:
+    """See `Search.run`."""
+    storage = ledger.open_storage(search.storage)
+    devices = search.devices
+    devices.keep_pace(ledger.begun_with(storage, search.name))
+    space = search.space
+    search.evaluator.dense |= devices.dense
+    facts = facts_of(search)
+    targets = {"targets": ", ".join(devices.labels)} if devices else {}
+    opened = ledger.open_study(
+        storage, search.name, search.objectives, facts | targets, search.evaluator.dense, search.limits,
+        devices.conditions,
+    )  # fmt: skip
+    known = ledger.known_entries(opened, search.limits)
+    for entry in known:
+        devices.recall(entry.plan, entry.measurements)
+    learn(space, devices)
+    inherited = ledger.judged(storage, facts, search.name) if search.retargeted else []
+    _measure_together(search, inherited, known)
+    study.run(
+        opened,
+        space,
+        search.evaluator,
+        search.limits,
+        search.trials,
+        search.seed,
+        search.progress,
+        learn=lambda: learn(space, devices),
+        inherited=inherited,
+    )
+    if devices:
+        study.confirm_best(opened, search.limits, lambda entry: _again(search, entry))
+        ledger.say(opened, devices.report())
+    return ledger.with_owner(ledger.result_of(opened, search.limits), search)
+
+
+def facts_of(search: Search) -> dict[str, str]:
+    """What a study must not be continued without, each as a text or a digest."""
+    space = json.dumps({n: repr(s) for n, s in search.spaces.items()}, sort_keys=True) + repr(search.space_file.tied)
+    metric: Any = search.metric
+    return {
+        "model": search.fingerprint.architecture,
+        "weights": search.fingerprint.weights,
+        "calibration data": digest(search.calibration),
+        "validation data": digest(search.validation),
+        "search space": hashlib.sha256(space.encode()).hexdigest()[:16],
+        "metric": metric if isinstance(metric, str) else "a callable" if metric else "none",
+        "refit": repr(search.refit_options) + f" on {search.refit_samples} samples",
+        "bn": search.bn,
+    }
+
+
+def _measure_together(search: Search, inherited: Sequence[ledger.Judged], known: Sequence[Entry]) -> None:
+    """Plans of an earlier study side by side, which takes less time than one after the other."""
+    done = {entry.plan.digest for entry in known}
+    plans = [old.plan for old in inherited if old.plan.digest not in done][: max(search.trials - len(done), 0)]
+    if plans:
+        search.tell(f"measuring {len(plans)} plans of an earlier study")
+        with suppress(InputError):  # one of them can't be run: its trial will say so
+            search.devices.measure_all(plans)
+
+
+def _again(search: Search, entry: Entry) -> dict[str, float]:
+    """Measure an entry again, as it is handed over, beside dense."""
+    search.tell(f"measuring trial {entry.trial} again beside dense")
+    built = search.build(entry.plan, bn=bool(entry.notes.get("bn", 0)))
+    return search.devices.measured(entry.plan, built, search.limits)

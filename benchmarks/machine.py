@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -9,11 +10,13 @@ from pathlib import Path
 
 import torch
 
+from rankopt.machine import processor
 
-def described(threads: int) -> str:
-    """Versions, processor features and threads on one line."""
-    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "optuna", "tensorly", "scipy", "numpy"))
-    machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+def described(threads: int, *runtimes: str) -> str:
+    """Versions, processor and threads on one line; `runtimes` are further packages."""
+    packages = ", ".join(f"{p} {version(p)}" for p in ("torch", "optuna", "tensorly", "scipy", "numpy", *runtimes))
+    machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} ({processor()}, {os.cpu_count()} cores)"
     return (
         f"Python {platform.python_version()}, {packages}; {machine}, "
         f"{threads} thread{'s' if threads > 1 else ''}; rankopt at {_commit()}."

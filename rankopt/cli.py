@@ -214,7 +214,9 @@ def export(
     entry = chosen(result, trial, limits or file.limits, file.name)
     from rankopt.search import Search
 
-    finish(Search.from_study(file, limits=limits, storage=url, targets=targets), entry, out, force, as_json)
+    run = Search.from_study(file, limits=limits, storage=url, targets=targets)
+    run.recorded = result
+    finish(run, entry, out, force, as_json)
 
 
 @app.command()

@@ -81,11 +81,16 @@ class Evaluator:
         self.refit = refit
         self.bn = bn if has_batch_norm(model) else "off"
         self.bn_batches = list(bn_batches)
-        self.devices = devices or None
+        self.devices: Devices | None = None
         self._dense_outputs: dict[int, list[Tensor]] = {}
         self.dense = {"macs": float(cost.macs), "params": float(cost.params), **self.quality(model)}
-        if self.devices is not None:
-            self.dense |= self.devices.dense
+        if devices:
+            self.use(devices)
+
+    def use(self, devices: Devices) -> None:
+        """Measure latency and memory on these from now on."""
+        self.devices = devices or None
+        self.dense |= devices.dense
 
     def costs(self, plan: Plan) -> dict[str, float]:
         """Exact MACs and parameters, absolute and as shares of dense, without building anything."""

@@ -234,7 +234,8 @@ def gathered(study: optuna.Study, limits: Sequence[Limit], entries: Any) -> Resu
     objectives = tuple(attrs[FACTS]["objectives"].split(", "))
     dense = attrs.get(DENSE, {})
     said = tuple(attrs.get(SAID, ()))
-    return Result([*entries, *_unchanged(dense, limits)], objectives, tuple(limits), dense, failed, said)
+    conditions = attrs.get(CONDITIONS, {})
+    return Result([*entries, *_unchanged(dense, limits)], objectives, tuple(limits), dense, failed, said, conditions)
 
 
 def _unchanged(dense: Mapping[str, float], limits: Sequence[Limit]) -> list[Entry]:

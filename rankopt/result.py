@@ -75,6 +75,7 @@ class Result:
         dense: what the dense model measures.
         failed: trial → why it has no measurements.
         notes: how well latencies are predicted, and which measurements were noisy.
+        conditions: target → what its times depend on besides the model.
     """
 
     entries: Sequence[Entry]
@@ -83,6 +84,7 @@ class Result:
     dense: Mapping[str, float]
     failed: Mapping[int, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    conditions: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def front(self) -> list[Entry]:

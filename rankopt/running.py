@@ -24,7 +24,7 @@ def run(search: Search) -> Result:
     devices = search.devices
     devices.keep_pace(ledger.begun_with(storage, search.name))
     space = search.space
-    search.evaluator.dense |= devices.dense
+    search.evaluator.use(devices)
     facts = facts_of(search)
     targets = {"targets": ", ".join(devices.labels)} if devices else {}
     opened = ledger.open_study(

@@ -11,16 +11,22 @@ if TYPE_CHECKING:
     from rankopt.result import Entry
     from rankopt.search import Search
 
+_DEVICE = ("latency", "peak_memory", "memory")  # how the names of what was measured on a target begin
+
 
 def saved(search: Search, entry: Entry, directory: Path, force: bool) -> dict[str, Any]:
-    """See `Search.save`. Latency and memory are those that the entry was measured with."""
+    """See `Search.save`. Latency and memory are as the study recorded them; no target is needed here."""
     built = search.build(entry.plan, bn=bool(entry.notes.get("bn", 0)))
     costs = search.evaluator.costs(entry.plan)
-    device = {k: v for k, v in entry.measurements.items() if k.startswith(("latency", "peak_memory", "memory"))}
+    device = {k: v for k, v in entry.measurements.items() if k.startswith(_DEVICE)}
     compressed: dict[str, Any] = {**costs, **search.measure(built), **device}
-    measurements: dict[str, Any] = {"dense": dict(search.evaluator.dense), "compressed": compressed}
-    if search.targets:
-        measurements["conditions"] = search.devices.conditions
+    dense: dict[str, Any] = dict(search.evaluator.dense)
+    measurements: dict[str, Any] = {"dense": dense, "compressed": compressed}
+    if search.recorded is None and device:  # a plan of the user's, measured just now
+        measurements |= {"conditions": search.devices.conditions, "notes": search.notes()}
+    elif search.recorded is not None and device:
+        dense |= {k: v for k, v in search.recorded.dense.items() if k.startswith(_DEVICE)}
+        measurements |= {"conditions": search.recorded.conditions, "notes": list(search.recorded.notes)}
     if search.tests is not None:
         measurements["dense_test"] = search.measure(search.model, "test")
         measurements["compressed_test"] = search.measure(built, "test")

@@ -138,6 +138,7 @@ class Search:
         )
         self.progress: Callable[[Progress], None] = lambda p: None
         self._began = time.perf_counter()
+        self.recorded: Result | None = None  # what the study holds that entries to be saved come from
 
     @classmethod
     def from_study(
@@ -273,7 +274,6 @@ class Search:
             refit=refit,
             bn=self.bn,
             bn_batches=self.calibration,
-            devices=self.devices,
         )
 
     def run(self, progress: Callable[[Progress], None] | None = None) -> Result:
@@ -281,7 +281,8 @@ class Search:
         from rankopt import running
 
         self.progress, self._began = progress or self.progress, time.perf_counter()
-        return running.run(self)
+        self.recorded = running.run(self)
+        return self.recorded
 
     def tell(self, text: str) -> None:
         """Pass a line on to whoever watches."""
@@ -296,6 +297,7 @@ class Search:
         checked(self.model, plan)
         skipped = {la.name: la.skip for la in self.layers if la.skip}
         plan = Plan(plan.layers, plan.fingerprint or self.fingerprint, plan.skipped or skipped)
+        self.evaluator.use(self.devices)
         evaluation = self.evaluator(plan, [])
         feasible = all(li.violation(evaluation.measurements, self.evaluator.dense) <= 0 for li in self.limits)
         return Entry(-1, plan, evaluation.measurements, feasible, evaluation.notes, self)

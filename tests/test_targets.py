@@ -40,16 +40,19 @@ def linear(key: str = "") -> Subject:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own_locks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing here depends on how long something takes, so it waits for nobody who measures on this machine."""
-    folder = str(tmp_path_factory.mktemp("locks"))
+def own_locks() -> Iterator[None]:
+    """Nothing here depends on how long something takes, so it waits for nobody who measures on this machine.
+
+    The folder's name is short: Ray puts sockets below it, whose paths must not be longer than 107 bytes.
+    """
     before, variable = tempfile.tempdir, os.environ.get("TMPDIR")
-    tempfile.tempdir = os.environ["TMPDIR"] = folder
-    yield
-    tempfile.tempdir = before
-    del os.environ["TMPDIR"]
-    if variable is not None:
-        os.environ["TMPDIR"] = variable
+    with tempfile.TemporaryDirectory(prefix="ro", ignore_cleanup_errors=True) as folder:
+        tempfile.tempdir = os.environ["TMPDIR"] = folder
+        yield
+        tempfile.tempdir = before
+        del os.environ["TMPDIR"]
+        if variable is not None:
+            os.environ["TMPDIR"] = variable
 
 
 # The contract

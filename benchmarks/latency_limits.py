@@ -13,14 +13,13 @@ random weights, so the limits are real and the quality is not; the data are nois
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from machine import described, write_record
+from machine import headed, write_record
 from networks import network
 
 from rankopt.batches import Batch
@@ -107,18 +106,13 @@ def main() -> None:
         )
         print(" | ".join(rows[-1]), flush=True)
     lines = [
-        "# Winners of searches under a limit on latency",
-        "",
-        f"{options.network}, {options.target}, {options.trials} trials a search, batch 1, one thread.",
-        "The share of dense is measured afresh after the search, interleaved with dense; its spread is the",
-        "interquartile range of the ratio over the rounds of that measurement.",
-        "",
-        "```",
-        f"python {shlex.join(sys.argv)}",
-        "```",
-        "",
-        described(1, "onnxruntime", "openvino"),
-        "",
+        *headed(
+            "Winners of searches under a limit on latency",
+            f"{options.network}, {options.target}, {options.trials} trials a search, batch 1, one thread.",
+            "The share of dense is measured afresh after the search, interleaved with dense; its spread is the",
+            "interquartile range of the ratio over the rounds of that measurement.",
+            runtimes=("onnxruntime", "openvino"),
+        ),
         f"Kept within the measurement's spread: **{kept_all} of {len(rows)}**."
         f" Slack to the limit: median **{np.median(slacks):.1%}**, from {min(slacks):.1%} to {max(slacks):.1%}.",
         "",

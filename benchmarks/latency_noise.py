@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import shlex
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from latency_limits import prepared
-from machine import described, write_record
+from machine import headed, write_record
 
 from rankopt.limits import parse_limit
 
@@ -67,16 +65,11 @@ def main() -> None:
             rows.append(f"| {label} | {best.plan.digest} | {kept:.4f} | {'; '.join(noisy) or 'none'} |")
             print(rows[-1], flush=True)
     lines = [
-        "# A busy loop beside the search",
-        "",
-        f"{options.network}, {options.target}, `{options.limit}`, {options.trials} trials, seed 0.",
-        "",
-        "```",
-        f"python {shlex.join(sys.argv)}",
-        "```",
-        "",
-        described(1, "onnxruntime", "openvino"),
-        "",
+        *headed(
+            "A busy loop beside the search",
+            f"{options.network}, {options.target}, `{options.limit}`, {options.trials} trials, seed 0.",
+            runtimes=("onnxruntime", "openvino"),
+        ),
         f"The chosen plan is **{'the same' if len(set(plans)) == 1 else 'another one'}**.",
         "",
         "| | chosen plan | measured × dense | noisy records |",

@@ -13,7 +13,6 @@ floor is what some of the same plans do when they are measured a second time.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import tempfile
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from machine import described, write_record
+from machine import headed, write_record
 from networks import groups_of, network
 
 from rankopt.latency import PlanLatency, random_plans
@@ -78,17 +77,12 @@ def main() -> None:
             rows.append(measured(name, target, options.plans))
             print(" | ".join(rows[-1]), flush=True)
     lines = [
-        "# Predicted against measured latency of whole plans",
-        "",
-        f"{options.plans} random plans each that the prediction was not fitted on, batch 1, one thread; ResNet-20 at",
-        "32×32, a ResNet-18 at 96×96 (random weights). Errors are relative to the measured share of dense's latency.",
-        "",
-        "```",
-        f"python {shlex.join(sys.argv)}",
-        "```",
-        "",
-        described(1, "onnxruntime", "openvino"),
-        "",
+        *headed(
+            "Predicted against measured latency of whole plans",
+            f"{options.plans} random plans each that the prediction was not fitted on, batch 1, one thread, random",
+            "weights; ResNet-20 at 32×32, ResNet-18 at 96×96. Errors are relative to the measured share of dense.",
+            runtimes=("onnxruntime", "openvino"),
+        ),
         "| network | runtime | dense ms | plans took × dense | error, median | error, 95th percentile"
         " | own estimate of both | measured twice: median / 95th | noisy | seconds to prepare |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -14,7 +14,6 @@ its losses say little and its times everything.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from latency_limits import SPACE
-from machine import described, write_record
+from machine import headed, write_record
 from networks import METHODS, network, ranks_at
 
 from rankopt.allocate import Allocation, allocate
@@ -31,6 +30,7 @@ from rankopt.calibration import CalibrationOptions
 from rankopt.candidates import Group
 from rankopt.decompositions import method
 from rankopt.devices import Devices
+from rankopt.errors import InfeasibleError
 from rankopt.plan import LayerChoice, Plan
 from rankopt.search import Search
 from rankopt.targets import read
@@ -86,7 +86,7 @@ def fastest(groups: Sequence[Group], devices: Devices, quantity: str, loss: floa
         middle = (low + high) / 2
         try:
             plan, allocation = solved(groups, devices, {quantity: middle})
-        except Exception:
+        except InfeasibleError:
             low = middle
             continue
         if allocation.loss <= loss:
@@ -135,17 +135,12 @@ def main() -> None:
         for la in devices.latencies
     ]
     lines = [
-        f"# The same plans on several runtimes: {options.network}",
-        "",
-        "Speed-up over dense in the same runtime (interleaved, median of the ratios over the rounds), batch 1, one",
-        "thread; in brackets the rank of the plan on that runtime, 1 the fastest.",
-        "",
-        "```",
-        f"python {shlex.join(sys.argv)}",
-        "```",
-        "",
-        described(1, "onnxruntime", "openvino"),
-        "",
+        *headed(
+            f"The same plans on several runtimes: {options.network}",
+            "Speed-up over dense in the same runtime (interleaved, median of the ratios over the rounds), batch 1, one",
+            "thread; in brackets the rank of the plan on that runtime, 1 the fastest.",
+            runtimes=("onnxruntime", "openvino"),
+        ),
         f"| plan | MACs kept | {' | '.join(labels)} |",
         f"|---|---|{'---|' * len(labels)}",
         *rows,

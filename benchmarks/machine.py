@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +24,12 @@ def described(threads: int, *runtimes: str) -> str:
         f"Python {platform.python_version()}, {packages}; {machine}, "
         f"{threads} thread{'s' if threads > 1 else ''}; rankopt at {_commit()}."
     )
+
+
+def headed(title: str, *text: str, runtimes: Sequence[str] = ()) -> list[str]:
+    """How the record of a script that runs on one thread begins: what it is, its command, where it ran."""
+    command = ["", "```", f"python {shlex.join(sys.argv)}", "```", ""]
+    return [f"# {title}", "", *text, *command, described(1, *runtimes), ""]
 
 
 def write_record(lines: list[str], path: Path | None) -> None:

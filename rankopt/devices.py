@@ -161,7 +161,7 @@ class Devices:
             plan: which.
             module: the built plan, which is measured anew even if the plan was before (None: its structure).
             limits: where one of them is on a time (not on a share of dense), the time is given as it was measured now,
-                and not at the dense model's pace of when the study began; the longer of both where there are limits of
+                and not at the pace of dense that the study began with; the longer of both where there are limits of
                 both kinds.
         """
         values: dict[str, float] = {}

@@ -200,7 +200,7 @@ class PlanLatency:
     def values(self, found: Measurement) -> dict[str, float]:
         """What a study records of a measurement: the ratio as measured, and times at the dense model's pace.
 
-        Times are the measured ratio times the dense model's latency when the study began, so that they can be compared
+        Times are the measured ratio times the dense model's latency that the study began with, so they can be compared
         over hours in which the machine's pace changes.
         """
         kept = 1.0 if found.kept is None else found.kept

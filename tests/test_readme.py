@@ -23,6 +23,9 @@ from rankopt.decompositions import table
 from rankopt.limits import parse_limit
 from rankopt.space_file import Keep, Space, load_space, names
 from rankopt.study_file import StudyFile, load_study
+from rankopt.targets import names as target_names
+from rankopt.targets import target_class
+from rankopt.targets.target import Target
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -183,6 +186,13 @@ def test_links_lead_somewhere(text: str) -> None:
     }
     for anchor in re.findall(r"\]\(#([^)]+)\)", text):
         assert anchor in headings
+
+
+def test_every_target_is_described_with_its_options() -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \|[^|]*\| (`.*`) \|$", section("Targets"), re.MULTILINE)
+    described = {name: set(re.findall(r"`(\w+)`", options)) for name, options in rows}
+    shared = set(Target.model_fields)
+    assert described == {name: set(target_class(name).model_fields) - shared for name in target_names()}
 
 
 @pytest.mark.slow

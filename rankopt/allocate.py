@@ -6,6 +6,7 @@ One binary variable a candidate; one candidate a group of layers; one row a limi
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -86,6 +87,72 @@ def allocate_front(
             continue
         found.setdefault(allocation.picks, allocation)
     return list(found.values())
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Plans along the lower convex hull of one quantity against the summed loss, from the cheapest to the least loss.
+
+    Each is optimal at its own cost. They are what the linear relaxation of the integer program goes through (Sinha and
+    Zoltners, "The multiple-choice knapsack problem", 1979): between two neighbours one group has moved one step.
+
+    Attributes:
+        costs: (n,) of the quantity, rising.
+        losses: (n,) falling.
+        moved: (n,) the group that moved (the first entry stands for the start, −1).
+        to: (n,) the candidate that it moved to.
+        start: the candidate of every group in the cheapest plan.
+    """
+
+    costs: Array
+    losses: Array
+    moved: NDArray[np.intp]
+    to: NDArray[np.intp]
+    start: NDArray[np.intp]
+
+    def picks(self, index: int) -> tuple[int, ...]:
+        """The candidate of every group in one of the plans."""
+        found = self.start.copy()
+        for group, candidate in zip(self.moved[1 : index + 1], self.to[1 : index + 1], strict=True):
+            found[group] = candidate
+        return tuple(int(i) for i in found)
+
+
+def frontier(groups: Sequence[Choices], quantity: str) -> Frontier:
+    """All plans on the convex hull of a quantity and the loss, without other limits, in one sweep."""
+    steps: list[tuple[float, int, int, float, float]] = []  # slope, group, candidate, more cost, less loss
+    start = np.zeros(len(groups), dtype=np.intp)
+    cost = loss = 0.0
+    for n, group in enumerate(groups):
+        hull = _hull(group.costs[quantity], group.losses)
+        start[n] = hull[0]
+        cost, loss = cost + float(group.costs[quantity][hull[0]]), loss + float(group.losses[hull[0]])
+        for a, b in itertools.pairwise(hull):
+            more = float(group.costs[quantity][b] - group.costs[quantity][a])
+            less = float(group.losses[a] - group.losses[b])
+            steps.append((less / more, n, int(b), more, less))
+    steps.sort(key=lambda step: -step[0])
+    costs = cost + np.cumsum([0.0, *(s[3] for s in steps)])
+    losses = loss - np.cumsum([0.0, *(s[4] for s in steps)])
+    moved = np.array([-1, *(s[1] for s in steps)], dtype=np.intp)
+    return Frontier(costs, losses, moved, np.array([-1, *(s[2] for s in steps)], dtype=np.intp), start)
+
+
+def _hull(costs: Array, losses: Array) -> list[int]:
+    """Candidates on the lower left convex hull, from the cheapest to the one of least loss."""
+    kept: list[int] = []
+    for i in np.lexsort((losses, costs)):
+        if kept and losses[i] >= losses[kept[-1]]:
+            continue
+        if kept and costs[i] <= costs[kept[-1]]:
+            continue
+        while len(kept) > 1:
+            a, b = kept[-2], kept[-1]
+            if (losses[a] - losses[b]) * (costs[i] - costs[b]) > (losses[b] - losses[i]) * (costs[b] - costs[a]):
+                break
+            kept.pop()
+        kept.append(int(i))
+    return kept
 
 
 def _undominated(group: Choices, quantities: tuple[str, ...]) -> NDArray[np.intp]:

@@ -8,7 +8,7 @@ from the model's own prediction. Weights never receive a gradient, so a model's 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -156,6 +156,7 @@ def calibrate(
     batches: Sequence[Batch],
     divergence: Divergence,
     options: CalibrationOptions = CalibrationOptions(),
+    score: Callable[[Tensor, Batch], Tensor] | None = None,
 ) -> dict[str, LayerStatistics]:
     """Gather the statistics of these layers.
 
@@ -165,14 +166,16 @@ def calibrate(
         batches: calibration data; labels are not used.
         divergence: how outputs are judged; its `score` is what gradients are taken of.
         options: how much is gathered.
+        score: what gradients are taken of instead: the sum over samples of something of theirs, of the model's output
+            for a piece of a batch.
 
     Raises:
         DataError: when an output or gradient is not finite.
     """
     try:
-        return _calibrate(model, layers, batches, divergence, options)
+        return _calibrate(model, layers, batches, divergence, options, score)
     except _Mixed:  # one by one they can always be told apart
-        return _calibrate(model, layers, batches, divergence, replace(options, piece=1))
+        return _calibrate(model, layers, batches, divergence, replace(options, piece=1), score)
 
 
 def _calibrate(
@@ -181,19 +184,24 @@ def _calibrate(
     batches: Sequence[Batch],
     divergence: Divergence,
     options: CalibrationOptions,
+    score: Callable[[Tensor, Batch], Tensor] | None,
 ) -> dict[str, LayerStatistics]:
     total = sum(len(b) for b in batches)
     gathered = {layer.name: _Gathered(layer, options, total) for layer in layers}
     modules = dict(model.named_modules())
     generator = torch.Generator().manual_seed(options.seed)
     left = options.fisher_samples if layers else 0
+
+    def drawn(output: Tensor, piece: Batch) -> Tensor:
+        return divergence.score(output, generator, options.temperature)
+
     with _frozen(model), plain_attention():
         if layers and options.piece > 1:
             _probe(model, modules, gathered, next(pieces(batches[0], 1)))
         for batch in batches:
             for piece in pieces(batch, options.piece):
                 draws = options.draws if left > 0 else 0
-                _run_piece(model, modules, gathered, piece, divergence, generator, draws, options.temperature)
+                _run_piece(model, modules, gathered, piece, score or drawn, draws)
                 left -= len(piece)
     return {name: g.finish() for name, g in gathered.items()}
 
@@ -209,10 +217,8 @@ def _run_piece(
     modules: dict[str, nn.Module],
     gathered: dict[str, _Gathered],
     piece: Batch,
-    divergence: Divergence,
-    generator: torch.Generator,
+    score: Callable[[Tensor, Batch], Tensor],
     draws: int,
-    temperature: float,
 ) -> None:
     """One forward pass, and one backward pass a draw, of a few samples."""
     taps: list[tuple[_Gathered, Tensor, list[Tensor]]] = []
@@ -245,7 +251,7 @@ def _run_piece(
                 raise DataError("calibration: the model's output holds NaN or infinity; check its weights and the data")
             for n in range(draws):
                 if output.requires_grad:
-                    divergence.score(output, generator, temperature).backward(retain_graph=n < draws - 1)
+                    score(output, piece).backward(retain_graph=n < draws - 1)
     finally:
         for handle in handles:
             handle.remove()

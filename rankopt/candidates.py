@@ -45,6 +45,7 @@ class Group:
         losses: (n,) predicted divergence in nats.
         macs, params: (n,) exact, summed over the layers.
         refused: method → why it is not offered here.
+        energy: (n,) share of the weight's energy that each loses by the spectra (empty where it was not asked for).
     """
 
     layers: tuple[LayerSpec, ...]
@@ -53,6 +54,7 @@ class Group:
     macs: NDArray[np.float64]
     params: NDArray[np.float64]
     refused: Mapping[str, str] = field(default_factory=dict)
+    energy: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
     @property
     def name(self) -> str:
@@ -259,7 +261,18 @@ def _group(
             if choice not in choices and _pays(first, choice) and _within(first, choice, space.cap):
                 choices.append(choice)
     changes, kept = _predict(layers, choices, factors, statistics, refused)
-    return Group(layers, tuple(kept), changes, *_costs(layers, kept), refused)
+    return Group(layers, tuple(kept), changes, *_costs(layers, kept), refused, _energy(layers, kept, factors))
+
+
+def _energy(layers: Sequence[LayerSpec], choices: Sequence[LayerChoice], factors: Factors) -> NDArray[np.float64]:
+    """Share of the weights' energy that every choice loses, by the spectra, averaged over the layers."""
+    lost = np.zeros(len(choices))
+    for n, choice in enumerate(choices):
+        if choice != DENSE:
+            way = method(choice.method)
+            each = [way.lost(factors.full(la, choice.method), choice.ranks) for la in layers]
+            lost[n] = float(np.mean([float(v) for v in each]))
+    return lost
 
 
 def _costs(

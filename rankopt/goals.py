@@ -12,8 +12,13 @@ EXACT = ("macs", "params")
 _TIMES = ("latency", "latency_p95")
 
 
-def checked_objectives(given: Sequence[str] | None, metric: Any, labels: Sequence[str] = ()) -> tuple[str, ...]:
-    """The objectives, or the default: accuracy (kl without a metric), and latency (macs without a target)."""
+def checked_objectives(
+    given: Sequence[str] | None, metric: Any, labels: Sequence[str] = (), limits: Sequence[Limit] = ()
+) -> tuple[str, ...]:
+    """The objectives, or the default: accuracy (kl without a metric), and latency (macs without a target).
+
+    Quality must be among them or have a limit, or everything would be cut away.
+    """
     if given is None or (not isinstance(given, str) and len(given) == 0):
         return ("accuracy" if metric else "kl", "latency" if labels else "macs")
     known = ["accuracy", "kl", *EXACT] if metric else ["kl", *EXACT]
@@ -26,8 +31,11 @@ def checked_objectives(given: Sequence[str] | None, metric: Any, labels: Sequenc
         raise InputError(
             f"objectives: needs a list out of {', '.join(known)}, got {given if not wrong else wrong[0]!r}"
         )
-    if len(set(given)) < len(given) or not {"accuracy", "kl"} & set(given):
-        raise InputError(f"objectives: each stands once, and accuracy or kl is among them, got {', '.join(given)}")
+    kept = {"accuracy", "kl"} & {*given, *(li.quantity for li in limits)}
+    if len(set(given)) < len(given) or not kept:
+        raise InputError(
+            f"objectives: each stands once, and accuracy or kl is among them or has a limit, got {', '.join(given)}"
+        )
     return tuple(given)
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rankopt.latency_store import LatencyStore
 
 EFFORT = Effort(seconds=0.1, rounds=7, error=0.02, longest=2, warmup=0.2)
-_ANCHORS = 4  # ranks of a method that are measured at first
+_ANCHORS = 12  # ranks of a method that are measured at first: runtimes pad ranks, so that times go up in stairs
 _MISS = 0.05  # of the dense layer's time: how far an interpolated time may be off before more ranks are measured
 _AT_ONCE = 24
 _NEIGHBOURS = "; between 1×1 convolutions"

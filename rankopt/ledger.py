@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
@@ -26,13 +27,17 @@ from rankopt.limits import Limit, parse_limit
 from rankopt.measurement import same_conditions
 from rankopt.plan import Plan
 from rankopt.result import MAXIMIZED, Entry, Result
+from rankopt.space import SearchSpace
 
 FACTS, DENSE, LIMITS, CONDITIONS, CONFIRMED, SAID = (
     f"rankopt:{name}" for name in ("begun_with", "dense", "limits", "conditions", "confirmed", "said")
 )
 QUALITY = ("kl", "accuracy", "accuracy_se")
 PLAN, VALUES, EXCESS, NOTES, REASON = "plan", "measurements", "violations", "notes", "reason"
+PROPOSAL = "proposal"  # how a plan came about: strategy, and the sampler's numbers
 PLAN_DIGEST = "inherited plan"  # of a plan of another study that could not be measured here
+
+_MOST_LAYERS = 64
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -118,6 +123,32 @@ def open_study(
     return study
 
 
+def begin(study: optuna.Study, space: SearchSpace, plan: Plan, proposal: Mapping[str, Any]) -> optuna.Trial:
+    """Write down a new running trial with its plan, in one transaction.
+
+    Its parameters are the layers' methods and shares of their MACs, so that the dashboard and the importances of
+    Optuna show them; above `_MOST_LAYERS` layers they stand in its attributes alone.
+    """
+    params, distributions = layer_parameters(space, plan)
+    attributes = {PLAN: plan.to_dict(), PROPOSAL: dict(proposal), "predicted_kl": space.predicted(plan)}
+    template = optuna.trial.create_trial(
+        state=TrialState.RUNNING, params=params, distributions=distributions, user_attrs=attributes
+    )
+    number = study._storage.create_new_trial(study._study_id, template_trial=template)
+    return optuna.Trial(study, number)
+
+
+def layer_parameters(space: SearchSpace, plan: Plan) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
+    """What the parameters of a trial with this plan are, and their distributions."""
+    numbers = space.layer_numbers(plan)
+    if len(space.groups) > _MOST_LAYERS or not numbers:
+        return {}, {}
+    found: dict[str, BaseDistribution] = {}
+    for name, given in space.layer_parameters().items():
+        found[name] = CategoricalDistribution(given) if isinstance(given[0], str) else FloatDistribution(*given)  # type: ignore[arg-type]
+    return dict(numbers), found
+
+
 def begun_with(storage: BaseStorage, name: str) -> dict[str, float]:
     """What the dense model measured when this study began; empty where there is none yet."""
     if name not in optuna.study.get_all_study_names(storage):
@@ -177,7 +208,7 @@ class Judged:
 
     plan: Plan
     quality: Mapping[str, float]
-    params: Mapping[str, float]
+    numbers: Mapping[str, float | str]
 
 
 def judged(storage: BaseStorage, facts: Mapping[str, str], besides: str) -> list[Judged]:
@@ -194,7 +225,8 @@ def judged(storage: BaseStorage, facts: Mapping[str, str], besides: str) -> list
                 plan = Plan.from_dict(trial.user_attrs[PLAN], f"study {name}, trial {trial.number}")
                 quality = {k: v for k, v in values.items() if k in QUALITY}
                 quality["bn"] = trial.user_attrs.get(NOTES, {}).get("bn", 0.0)
-                found.setdefault(plan.digest, Judged(plan, quality, dict(trial.params)))
+                numbers = trial.user_attrs.get(PROPOSAL, {}).get("numbers", {})
+                found.setdefault(plan.digest, Judged(plan, quality, dict(numbers)))
     return list(found.values())
 
 

@@ -30,6 +30,8 @@ def search(
     cache: Path | bool | None = None,
     storage: str | None = None,
     seed: int = 0,
+    strategy: str = "auto",
+    sampler: str = "auto",
     space: str | Path | Mapping[str, Any] | None = None,
     objectives: Sequence[str] | None = None,
     name: str = "study",
@@ -55,6 +57,8 @@ def search(
         cache: folder of latency tables (None: the user's cache folder; False: nothing is kept).
         storage: an Optuna storage URL or a file (.db, .log); running again goes on there. None: in memory.
         seed: of everything that is random.
+        strategy: how plans are chosen: auto, or a name out of `rankopt.strategies`.
+        sampler: Optuna's sampler where the strategy asks one: auto, tpe, nsga2, nsga3, gp, cmaes, qmc, random.
         space: a ready search space, a path or a mapping.
         objectives: e.g. ``["accuracy", "macs"]``.
         name: of the study in the storage.
@@ -93,6 +97,8 @@ def search(
         space=space,
         trials=trials,
         seed=seed,
+        strategy=strategy,
+        sampler=sampler,
         storage=storage,
         name=name,
         memory=memory,

@@ -1,4 +1,4 @@
-"""Fronts of points that are all to be minimized: `front`, `hypervolume`, `knee`. NumPy arrays in and out."""
+"""Fronts of points that are all to be minimized: `front`, `hypervolume`, `gains`, `knee`. NumPy arrays in and out."""
 
 from __future__ import annotations
 
@@ -41,6 +41,27 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     # slice along the first objective: each slab is as wide as the step to the next point
     edges = np.append(x[1:, 0], ref[0]) - x[:, 0]
     return float(sum(w * hypervolume(x[: i + 1, 1:], ref[1:]) for i, w in enumerate(edges) if w > 0))
+
+
+def gains(losses: ArrayLike, costs: ArrayLike, known: ArrayLike, reference: tuple[float, float]) -> NDArray[np.float64]:
+    """By how much the area below `reference` that known points dominate would grow with each of the points.
+
+    Args:
+        losses, costs: (n,) of the points, both to be minimized.
+        known: (k, 2) losses and costs of what was measured.
+        reference: the worst loss and cost that count.
+    """
+    x, y = np.asarray(losses, float), np.asarray(costs, float)
+    edge = np.asarray(known, float).reshape(-1, 2)
+    edge = edge[(edge < reference).all(axis=1)]
+    edge = edge[front(edge)] if len(edge) else edge  # losses rise, costs fall
+    lows = np.append(edge[:, 0], reference[0])  # from this loss on …
+    heights = np.append(reference[1], edge[:, 1])  # … up to the next, everything above this cost is dominated
+    starts = np.append(-np.inf, lows[:-1])
+    # between two losses of the front a point adds the strip between its own cost and the front's
+    left = np.maximum(starts[None, :], x[:, None])
+    width = np.maximum(lows[None, :] - left, 0.0)
+    return np.asarray((width * np.maximum(heights[None, :] - y[:, None], 0.0)).sum(axis=1))
 
 
 def knee(points: ArrayLike) -> int:

@@ -39,14 +39,12 @@ def run(search: Search) -> Result:
     _measure_together(search, inherited, known)
     study.run(
         opened,
-        space,
+        search.setting,
         search.evaluator,
-        search.limits,
-        search.trials,
-        search.seed,
         search.progress,
         learn=lambda: learn(space, devices),
         inherited=inherited,
+        by=search.strategy,
     )
     if devices:
         study.confirm_best(opened, search.limits, lambda entry: _again(search, entry))

@@ -25,6 +25,7 @@ from rankopt.devices import Devices
 from rankopt.divergence import Divergence
 from rankopt.errors import DataError, InputError, PlanError, UncountedOperationError
 from rankopt.evaluate import Evaluator, Metric
+from rankopt.evbmf import estimated_share
 from rankopt.factors import Factors
 from rankopt.goals import checked_limit, checked_objectives
 from rankopt.layers import find_layers, fingerprint, run_once
@@ -34,8 +35,10 @@ from rankopt.problem import space_of
 from rankopt.refit import Refit, RefitOptions
 from rankopt.result import Entry, Progress, Result
 from rankopt.saving import saved
+from rankopt.sensitivity import Sensitivities, SensitivityOptions
 from rankopt.space import SearchSpace
 from rankopt.space_file import Space, load_space, resolve, tied_groups
+from rankopt.strategies.strategy import Setting
 from rankopt.surgery import checked
 from rankopt.targets import read as read_target
 from rankopt.targets.target import Target
@@ -60,6 +63,9 @@ class Search:
         objectives: names; the default is accuracy (kl without a metric) and macs.
         space: a search space in any form that `load_space` takes.
         trials, seed, storage, name: of the study. Without storage it lives in memory.
+        strategy: how plans are chosen, of `rankopt.strategies`.
+        sampler: Optuna's sampler for the strategies that ask one, of `rankopt.sampling`.
+        seeds: how many solved plans come first (None: a third of the trials, at most 12).
         refit: how trials are refitted (None: not).
         refit_samples: calibration samples used for it.
         bn: "auto", "on" or "off"; see `Evaluator`.
@@ -92,6 +98,9 @@ class Search:
         space: str | Path | Mapping[str, Any] | Space | None = None,
         trials: int = 64,
         seed: int = 0,
+        strategy: str = "auto",
+        sampler: str = "auto",
+        seeds: int | None = None,
         storage: str | None = None,
         name: str = "study",
         refit: RefitOptions | None = RefitOptions(),  # noqa: B008  (frozen)
@@ -122,9 +131,10 @@ class Search:
         self.calibration, self.validation, self.tests = list(calibration), list(validation), tests
         self.metric = None if metric == "kl" else metric
         labels = [t.called for t in self.targets]
-        self.objectives = checked_objectives(objectives, self.metric, labels)
+        self.objectives = checked_objectives(objectives, self.metric, labels, limits)
         self.limits = [checked_limit(limit, self.metric, labels) for limit in limits]
         self.trials, self.seed, self.storage, self.name = trials, seed, storage, name
+        self.strategy, self.sampler, self.seeds = strategy, sampler, seeds
         self.space_file = load_space(space)
         self.refit_options, self.refit_samples, self.bn = refit, refit_samples, bn
         self.options = options or CalibrationOptions(seed=seed)
@@ -168,6 +178,9 @@ class Search:
             space=file.load_space(),
             trials=file.trials if trials is None else trials,
             seed=file.seed if seed is None else seed,
+            strategy=file.strategy,
+            sampler=file.sampler,
+            seeds=file.seeds,
             storage=storage or file.storage_url,
             name=file.study_on(targets),
             refit=RefitOptions() if file.refit.enabled else None,
@@ -237,6 +250,25 @@ class Search:
         self.devices.prepare(self.groups, self.tell)
         skipped = {la.name: la.skip for la in self.layers if la.skip}
         return space_of(self.groups, self.cost, self.devices, self.limits, self.objectives, self.fingerprint, skipped)
+
+    @property
+    def setting(self) -> Setting:
+        """What plans are chosen by."""
+        return Setting(
+            self.space,
+            self.objectives,
+            self.limits,
+            self.evaluator.dense,
+            self.trials,
+            self.seed,
+            self.seeds,
+            self.sampler,
+            Sensitivities(
+                self.model, self.groups, self._factors, self.calibration, self.divergence, self.evaluator.build,
+                SensitivityOptions(seed=self.seed),
+            ),
+            lambda group, name: estimated_share(group, name, self._factors),
+        )  # fmt: skip
 
     @cached_property
     def devices(self) -> Devices:

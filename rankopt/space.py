@@ -1,18 +1,19 @@
-"""`SearchSpace`: the numbers that a study proposes, and the plan that they mean.
+"""`SearchSpace`: the candidates of every layer with their costs, and the integer program over them.
 
-Proposed are not layers and ranks but a budget and corrections of the predicted losses: a logarithmic factor a stage of
-the network and a method, and an exponent. The integer program turns them into the best plan for the corrected losses.
-So every proposal is a good plan, and the study learns where the prediction is wrong.
+However a plan is proposed, it is solved for here: losses (as predicted, or corrected), a budget, perhaps a plan near
+which it has to stay, and out comes the best plan within all limits. The two forms in which a plan can be told in
+numbers are here too: a budget and corrections of the predicted losses (a logarithmic factor a stage of the network and
+a method, and an exponent), and a method and a share of the dense MACs for every layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 
-from rankopt.allocate import Allocation, Array, Choices, allocate
+from rankopt.allocate import Allocation, Array, Choices, Frontier, allocate, frontier
 from rankopt.candidates import Group
 from rankopt.errors import InfeasibleError
 from rankopt.plan import Fingerprint, LayerChoice, Plan
@@ -24,17 +25,26 @@ _EXACT = ("macs", "params")
 MARGIN = 0.01  # how far below a bound on a predicted cost a plan is asked for
 _BEYOND = 0.10  # how far above its bound a budget of a predicted cost may lie
 _DOUBT = 0.05  # how far above its bound a predicted cost may be, and the plan is measured all the same
+_MOVED = "layers moved"  # the cost of the integer program that counts them
 
 
-class Trial(Protocol):
-    """What is needed of an Optuna trial."""
+@dataclass(frozen=True)
+class Near:
+    """A neighbourhood of a plan.
 
-    def suggest_float(self, name: str, low: float, high: float) -> float:
-        """Propose a number."""
+    Attributes:
+        plan: its centre.
+        layers: how many groups may choose otherwise.
+        levels: how many candidates up or down each may move, on the group's own front of cost and loss.
+    """
+
+    plan: Plan
+    layers: int
+    levels: int = 2
 
 
 class SearchSpace:
-    """Budget and corrections → plan.
+    """Losses and a budget → plan.
 
     Args:
         groups: the candidates.
@@ -63,6 +73,8 @@ class SearchSpace:
         self.groups, self.quantity = list(groups), quantity
         self.fingerprint, self.skipped = fingerprint, dict(skipped or {})
         self.totals, self.bounds = dict(totals), dict(limits)
+        self._index = [{choice: n for n, choice in enumerate(g.choices)} for g in self.groups]
+        self._keeps = [g.macs / max(sum(la.macs for la in g.layers), 1) for g in self.groups]
         self.update(fixed, costs)
         self.stages = stages(self.groups)
         self.methods = sorted({c.method for g in self.groups for c in g.choices if c.method != "dense"})
@@ -143,27 +155,75 @@ class SearchSpace:
             ranges |= {f"method.{name}": (-_REACH, _REACH) for name in self.methods}
         return ranges
 
-    def suggest(self, trial: Trial) -> Plan:
-        """Propose numbers and solve for the plan."""
-        values = {name: trial.suggest_float(name, low, high) for name, (low, high) in self.parameters().items()}
-        return self.plan_of(values)
-
     def plan_of(self, values: Mapping[str, float]) -> Plan:
-        """The plan for these numbers; corrections that are not named are neutral."""
+        """The plan for a budget and corrections; those that are not named are neutral."""
+        return self.solve([self._corrected(g, values) for g in self.groups], values["budget"])
+
+    @property
+    def losses(self) -> list[Array]:
+        """The predicted losses of every group's choices."""
+        return [np.maximum(g.losses, 0) for g in self.groups]
+
+    def solve(self, losses: Sequence[Array], budget: float, near: Near | None = None) -> Plan:
+        """The plan of least summed loss within the limits.
+
+        Args:
+            losses: for every group, of each choice.
+            budget: the share of the dense cost that the plan may take.
+            near: a neighbourhood that it has to stay in; its centre where nothing in it keeps the limits.
+        """
         if not self.groups:
             return Plan({}, self.fingerprint, self.skipped)
         q = self.quantity
-        budget = self._allowed(q, values["budget"] * self.totals[q])
-        limits = {**self.limits, q: min(budget, self.limits.get(q, np.inf)) if self.exact else budget}
-        corrected = [self._choices(n, self._corrected(g, values)) for n, g in enumerate(self.groups)]
+        allowed = self._allowed(q, budget * self.totals[q])
+        limits = {**self.limits, q: min(allowed, self.limits.get(q, np.inf)) if self.exact else allowed}
+        if near is not None:
+            return self._solve_near(losses, limits, near)
+        choices = [self._choices(n, loss) for n, loss in enumerate(losses)]
         try:
-            allocation = allocate(corrected, limits)
+            allocation = allocate(choices, limits)
         except InfeasibleError:  # the budget is below what the other limits leave: the cheapest plan there is
-            allocation = self._without_budget(corrected)
+            allocation = self._without_budget(choices)
+        return self.plan(allocation.picks)
+
+    def plan(self, picks: Sequence[int]) -> Plan:
+        """The plan in which every group takes the choice of this index."""
         layers: dict[str, LayerChoice] = {}
-        for group, pick in zip(self.groups, allocation.picks, strict=True):
+        for group, pick in zip(self.groups, picks, strict=True):
             layers |= {layer.name: group.choices[pick] for layer in group.layers}
         return Plan(layers, self.fingerprint, self.skipped)
+
+    def picks(self, plan: Plan) -> list[int] | None:
+        """The index of every group's choice, or None for a plan that is not of this space."""
+        found = [index.get(plan[g.name]) for g, index in zip(self.groups, self._index, strict=True)]
+        return None if None in found else [i for i in found if i is not None]
+
+    def _solve_near(self, losses: Sequence[Array], limits: Mapping[str, float], near: Near) -> Plan:
+        """At most so many groups move, each by at most so many levels: further costs of the integer program."""
+        centre = self.picks(near.plan)
+        if centre is None:
+            raise ValueError("the centre of a neighbourhood must be a plan of this space")
+        kept, choices = [], []
+        for n, (loss, at) in enumerate(zip(losses, centre, strict=True)):
+            whole = self._choices(n, loss)
+            here = np.flatnonzero(abs(_levels(whole.costs[self.quantity], loss, at)) <= near.levels)
+            costs = {q: v[here] for q, v in whole.costs.items()} | {_MOVED: (here != at).astype(float)}
+            kept.append(here)
+            choices.append(Choices(loss[here], costs))
+        try:
+            allocation = allocate(choices, {**limits, _MOVED: float(near.layers)})
+        except InfeasibleError:
+            return near.plan
+        return self.plan([int(here[pick]) for here, pick in zip(kept, allocation.picks, strict=True)])
+
+    def frontier(self, losses: Sequence[Array]) -> Frontier:
+        """Plans along the convex hull of the budget's quantity and these losses, without the other limits."""
+        return frontier([self._choices(n, loss) for n, loss in enumerate(losses)], self.quantity)
+
+    def shares(self, costs: Array) -> Array:
+        """Summed costs of the groups, in the budget's quantity, as budgets: shares of the dense cost."""
+        whole = (costs + self.fixed[self.quantity]) * self.ratios.get(self.quantity, 1.0)
+        return np.asarray(whole / self.totals[self.quantity])
 
     def _without_budget(self, corrected: Sequence[Choices]) -> Allocation:
         """The best plan within the limits; where there seems to be none, the one of least predicted cost."""
@@ -174,21 +234,40 @@ class SearchSpace:
             cheapest = [Choices(c.costs[q], c.costs) for c in corrected]
             return allocate(cheapest, {q: limit for q, limit in self.limits.items() if q in _EXACT})
 
-    def seeds(self, count: int) -> list[dict[str, float]]:
-        """Uncorrected proposals along the whole range of budgets, the largest first."""
-        neutral = {name: 1.0 if name == "exponent" else 0.0 for name in self.parameters()}
-        budgets = np.linspace(self.highest, self.lowest, max(count, 1))
-        return [{**neutral, "budget": float(b)} for b in budgets]
+    def layer_parameters(self) -> dict[str, tuple[float, float] | tuple[str, ...]]:
+        """Name → range of a plan told layer by layer: ``method.LAYER``, and ``keep.LAYER``, its share of the MACs."""
+        ranges: dict[str, tuple[float, float] | tuple[str, ...]] = {}
+        for group, keeps in zip(self.groups, self._keeps, strict=True):
+            ranges[f"method.{group.name}"] = tuple(dict.fromkeys(c.method for c in group.choices))
+            ranges[f"keep.{group.name}"] = (0.0, float(max(keeps.max(), 1.0)))
+        return ranges
+
+    def layer_numbers(self, plan: Plan) -> dict[str, float | str]:
+        """A plan of this space told layer by layer; empty for another one."""
+        numbers: dict[str, float | str] = {}
+        for group, keeps, pick in zip(self.groups, self._keeps, self.picks(plan) or [], strict=False):
+            numbers[f"method.{group.name}"] = group.choices[pick].method
+            numbers[f"keep.{group.name}"] = float(keeps[pick])
+        return numbers
+
+    def plan_by_layer(self, numbers: Mapping[str, float | str]) -> Plan:
+        """The plan that is told layer by layer: of the method, the candidate nearest to the share of MACs."""
+        picks = []
+        for group, keeps in zip(self.groups, self._keeps, strict=True):
+            method, keep = numbers[f"method.{group.name}"], float(numbers[f"keep.{group.name}"])
+            own = [n for n, choice in enumerate(group.choices) if choice.method == method]
+            picks.append(min(own, key=lambda n: abs(keeps[n] - keep)))
+        return self.plan(picks)
 
     def cost(self, plan: Plan) -> float:
         """What a plan costs in the budget's quantity, as predicted; NaN for choices that are no candidates."""
-        total = self.fixed[self.quantity]
-        for n, group in enumerate(self.groups):
-            choice = plan[group.name]
-            if choice not in group.choices:
-                return float("nan")
-            total += float(self._choices(n).costs[self.quantity][group.choices.index(choice)])
-        return total
+        picks = self.picks(plan)
+        return float("nan") if picks is None else self.cost_of(picks)
+
+    def cost_of(self, picks: Sequence[int]) -> float:
+        """The same for the choices of these indices."""
+        costs = (float(self._choices(n).costs[self.quantity][pick]) for n, pick in enumerate(picks))
+        return self.fixed[self.quantity] + sum(costs)
 
     def tightened(self, plan: Plan, share: float) -> float:
         """The budget at which a plan of this kind, which took `share` of dense, comes out just below the limit."""
@@ -209,11 +288,10 @@ class SearchSpace:
 
     def predicted(self, plan: Plan) -> float:
         """Sum of the predicted losses, in nats."""
-        total = 0.0
-        for group in self.groups:
-            choice = plan[group.name]
-            total += float(group.losses[group.choices.index(choice)]) if choice in group.choices else float("nan")
-        return total
+        picks = self.picks(plan)
+        if picks is None:
+            return float("nan")
+        return sum(float(g.losses[pick]) for g, pick in zip(self.groups, picks, strict=True))
 
     def _corrected(self, group: Group, values: Mapping[str, float]) -> np.ndarray:
         losses = np.maximum(group.losses, 0) ** values.get("exponent", 1.0)
@@ -221,6 +299,21 @@ class SearchSpace:
         factor = values.get(f"stage.{by_stage}", 0.0)
         factors = np.array([factor + values.get(f"method.{c.method}", 0.0) for c in group.choices])
         return losses * np.exp(factors)
+
+
+def _levels(costs: Array, losses: Array, at: int) -> Array:
+    """How many steps up or down each candidate is from candidate `at`, on the front of cost and loss through it.
+
+    Candidates beside that front are out of reach (infinitely far), but for `at` itself.
+    """
+    level, best = np.full(len(costs), np.inf), np.inf
+    front = []
+    for i in np.lexsort((losses, costs)):
+        if losses[i] < best or i == at:
+            front.append(int(i))
+            best = min(best, float(losses[i]))
+    level[front] = np.arange(len(front)) - front.index(at)
+    return level
 
 
 def stages(groups: Sequence[Group]) -> dict[str, set[str]]:

@@ -37,6 +37,11 @@ if TYPE_CHECKING:
     from rankopt.batches import Batch
     from rankopt.targets.target import Target
 
+# Stated here, since reading a study file loads neither Optuna nor torch; a test compares them with the tables.
+STRATEGY_NAMES = (
+    "auto", "fit", "correct", "local", "relinearize", "free", "plain", "solved", "uniform", "energy", "vbmf", "greedy",
+)  # fmt: skip
+SAMPLER_NAMES = ("auto", "tpe", "nsga2", "nsga3", "gp", "cmaes", "qmc", "random")
 SPLITS = ("calibration", "validation", "test")
 
 
@@ -46,6 +51,17 @@ def _objective(value: Any) -> str:
     if not isinstance(value, str) or name not in known or (label and not name.startswith("latency")):
         raise ValueError(f"an objective is one of {', '.join(known)} (or latency@TARGET), got {shown(value)}")
     return value
+
+
+def _one_of(names: Sequence[str]) -> Callable[[Any], str]:
+    """A text that is one of these names."""
+
+    def checked(value: Any) -> str:
+        if value not in names:
+            raise ValueError(f"must be one of {', '.join(names)}, got {shown(value)}{closest(str(value), names)}")
+        return value
+
+    return checked
 
 
 def _targets(value: Any) -> list[dict[str, Any]]:
@@ -138,6 +154,9 @@ class StudyFile(Strict):
     target: Annotated[list[dict[str, Any]], BeforeValidator(_targets)] = Field(default_factory=list)
     cache: str | None = Field(None, min_length=1)
     trials: int = Field(64, ge=1, le=1_000_000)
+    strategy: Annotated[str, BeforeValidator(_one_of(STRATEGY_NAMES))] = "auto"
+    sampler: Annotated[str, BeforeValidator(_one_of(SAMPLER_NAMES))] = "auto"
+    seeds: int | None = Field(None, ge=0, le=10_000)
     seed: int = Field(0, ge=0, lt=2**32)
     threads: int = Field(1, ge=1, le=1024)
     storage: str | None = Field(None, min_length=1)
@@ -154,8 +173,11 @@ class StudyFile(Strict):
             raise ValueError(f"objectives: one stands there twice: {', '.join(self.objectives)}")
         if "accuracy" in self.objectives and self.metric == "kl":
             raise ValueError("objectives: accuracy needs a metric other than kl")
-        if self.objectives and not {"accuracy", "kl"} & set(self.objectives):
-            raise ValueError("objectives: accuracy or kl must be among them, or everything would be cut away")
+        kept = {"accuracy", "kl"} & {*self.objectives, *(li.quantity for li in self.limits)}
+        if self.objectives and not kept:
+            raise ValueError(
+                "objectives: accuracy or kl must be among them or have a limit, or everything would be cut away"
+            )
         return self
 
     @property

@@ -1,0 +1,54 @@
+"""`correct`: Optuna proposes a budget and corrections of the predicted losses, the integer program solves for the plan.
+
+About ten numbers whatever the network's depth: a budget, a logarithmic factor a stage and a method, and an exponent.
+Every other trial is asked for right at the limit, since that is where the answer lies.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from rankopt.sampling import Number, Sampling, Told
+from rankopt.strategies.budgets import focus, tightened
+from rankopt.strategies.solved import Solved
+from rankopt.strategies.strategy import Proposal, Setting, Standing, Strategy
+
+
+class Correct(Strategy):
+    """See above."""
+
+    name: ClassVar[str] = "correct"
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.solved = Solved(setting)
+        ranges = self.space.parameters()
+        self.sampling = Sampling(setting.sampler, ranges, len(setting.objectives), setting.trials, setting.seed)
+        self._numbers: dict[str, dict[str, Number]] = {}
+
+    def propose(self, standing: Standing) -> Proposal:
+        """Solved plans first, then Optuna's."""
+        number, trials = standing.number, self.setting.trials
+        if number < self.setting.first:
+            plan, budget = self.solved.at(number), self.solved.budget(number)
+            return Proposal(plan, self.name, self.neutral(budget))
+        given: dict[str, float] = {}
+        if number % 2 == 1 or number >= trials - 2:
+            near = number % 4 == 3 or number >= trials - 2
+            asked = (near and tightened(standing.entries, self._numbers, self.space)) or focus(
+                standing.entries, self.space, self.setting.limits
+            )
+            given = asked or {}
+        numbers, marks = self.sampling.ask(number, given)
+        values = {name: float(value) for name, value in numbers.items()}
+        return Proposal(self.space.plan_of(values), self.name, numbers, marks)
+
+    def told(self, proposal: Proposal, outcome: Told) -> None:
+        """Let the sampler learn from trials that were asked for in its numbers."""
+        if proposal.numbers and set(proposal.numbers) == set(self.sampling.ranges):
+            self._numbers[proposal.plan.digest] = dict(proposal.numbers)
+            self.sampling.tell(outcome)
+
+    def neutral(self, budget: float) -> dict[str, Number]:
+        """A budget, and no correction."""
+        return {**{name: 1.0 if name == "exponent" else 0.0 for name in self.space.parameters()}, "budget": budget}

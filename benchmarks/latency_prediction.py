@@ -7,7 +7,8 @@
 
 For every network and runtime the latency table is filled from nothing, the correction is fitted on the plans that
 `PlanLatency.prepare` draws, and then so many other random plans are predicted and measured, each beside dense. The
-floor is what some of the same plans do when they are measured a second time.
+floor is what some of the same plans do when they are measured a second time. A run of some of them replaces their rows in
+the record and leaves the others.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from machine import headed, write_record
+from machine import commit, headed, merged, write_record
 from networks import groups_of, network
 
 from rankopt.latency import PlanLatency, random_plans
@@ -60,6 +61,7 @@ def measured(name: str, target: str, plans: int) -> list[str]:
         f"{np.median(floor):.1%} / {np.quantile(floor, 0.95):.1%}",
         f"{noisy}",
         f"{seconds:.0f}",
+        commit(),
     ]
 
 
@@ -80,13 +82,14 @@ def main() -> None:
         *headed(
             "Predicted against measured latency of whole plans",
             f"{options.plans} random plans each that the prediction was not fitted on, batch 1, one thread, random",
-            "weights; ResNet-20 at 32×32, ResNet-18 at 96×96. Errors are relative to the measured share of dense.",
+            "weights; ResNet-20 at 32×32, ResNet-18 at 96×96. Errors are relative to the measured share of dense. The rows",
+            "come from one or several runs of the script on this machine, the last of which is named here.",
             runtimes=("onnxruntime", "openvino"),
         ),
         "| network | runtime | dense ms | plans took × dense | error, median | error, 95th percentile"
-        " | own estimate of both | measured twice: median / 95th | noisy | seconds to prepare |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        " | own estimate of both | measured twice: median / 95th | noisy | seconds to prepare | rankopt at |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+        *merged(RECORD, rows, key=2),
     ]
     write_record(lines, RECORD if options.record else None)
 

@@ -22,7 +22,7 @@ def described(threads: int, *runtimes: str) -> str:
     machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} ({processor()}, {os.cpu_count()} cores)"
     return (
         f"Python {platform.python_version()}, {packages}; {machine}, "
-        f"{threads} thread{'s' if threads > 1 else ''}; rankopt at {_commit()}."
+        f"{threads} thread{'s' if threads > 1 else ''}; rankopt at {commit()}."
     )
 
 
@@ -30,6 +30,19 @@ def headed(title: str, *text: str, runtimes: Sequence[str] = ()) -> list[str]:
     """How the record of a script that runs on one thread begins: what it is, its command, where it ran."""
     command = ["", "```", f"python {shlex.join(sys.argv)}", "```", ""]
     return [f"# {title}", "", *text, *command, described(1, *runtimes), ""]
+
+
+def merged(path: Path, rows: Sequence[Sequence[str]], key: int) -> list[str]:
+    """The rows of a record's table with these in the place of those whose first `key` cells are the same."""
+    table: dict[tuple[str, ...], str] = {}
+    body = False
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        if body and line.startswith("|"):
+            table[tuple(cell.strip() for cell in line.strip("|").split("|")[:key])] = line
+        body = body or line.startswith("|---")
+    for row in rows:
+        table[tuple(row[:key])] = f"| {' | '.join(row)} |"
+    return [line for _, line in sorted(table.items())]
 
 
 def write_record(lines: list[str], path: Path | None) -> None:
@@ -41,7 +54,8 @@ def write_record(lines: list[str], path: Path | None) -> None:
         path.write_text(text)
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The short name of the commit that runs."""
     done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
     )

@@ -152,6 +152,12 @@ def digest(batches: Iterable[Batch]) -> str:
     return state.hexdigest()[:16]
 
 
+def pieces(batch: Batch, size: int) -> Iterator[Batch]:
+    """Cut a batch into pieces of at most `size` samples."""
+    for start in range(0, len(batch), size):
+        yield batch.take(slice(start, start + size)) if len(batch) > size else batch
+
+
 def _items(source: Any, size: int, where: str) -> Iterable[Any]:
     """One item a batch; data that come whole are cut."""
     if isinstance(source, Dataset) and not isinstance(source, IterableDataset):

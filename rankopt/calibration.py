@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankopt.batches import Batch
+from rankopt.batches import Batch, pieces
 from rankopt.decompositions.metric import Metric
 from rankopt.divergence import Divergence, pick
 from rankopt.errors import DataError
@@ -204,12 +204,6 @@ def _calibrate(
                 _run_piece(model, modules, gathered, piece, score or drawn, draws)
                 left -= len(piece)
     return {name: g.finish() for name, g in gathered.items()}
-
-
-def pieces(batch: Batch, size: int) -> Iterator[Batch]:
-    """Cut a batch into pieces of at most `size` samples."""
-    for start in range(0, len(batch), size):
-        yield batch.take(slice(start, start + size)) if len(batch) > size else batch
 
 
 def _run_piece(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.batches import Batch
+from rankopt.batches import pieces as cut
 from rankopt.bn import has_batch_norm, recalibrate
 from rankopt.cost import Cost, plan_cost
 from rankopt.devices import Devices
@@ -21,8 +22,11 @@ from rankopt.layer_spec import LayerSpec
 from rankopt.layers import call_model, inference
 from rankopt.limits import Limit
 from rankopt.plan import Plan
+from rankopt.precision import EXACT, Precision, device_of
 from rankopt.refit import Refit
 from rankopt.surgery import apply
+
+_PIECE = 128  # samples that a model is run on at once
 
 Metric = Callable[[nn.Module, Sequence[Batch]], float]
 
@@ -59,6 +63,7 @@ class Evaluator:
         bn: "off", "on", or "auto": recalibrate batch norm where that lowers kl on the validation data.
         bn_batches: inputs that batch norm is recalibrated on.
         devices: where latency and memory are measured, or None.
+        fast: how trials run models; `build` and `quality` are exact unless asked.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class Evaluator:
         bn: str = "off",
         bn_batches: Sequence[Batch] = (),
         devices: Devices | None = None,
+        fast: Precision = EXACT,
     ) -> None:
         self.model, self.layers, self.factors, self.cost = model, list(layers), factors, cost
         self.validation, self.divergence, self.metric = list(validation), divergence, metric
@@ -82,6 +88,10 @@ class Evaluator:
         self.bn = bn if has_batch_norm(model) else "off"
         self.bn_batches = list(bn_batches)
         self.devices: Devices | None = None
+        self.fast, self._device = fast, device_of(model)
+        # A user's own metric sees batches as they came; else pieces whose activations fit the processor's caches.
+        pieces = self.validation if callable(metric) else [p for b in self.validation for p in cut(b, _PIECE)]
+        self._pieces, self._fast_pieces = pieces, fast.batches(pieces)
         self._dense_outputs: dict[int, list[Tensor]] = {}
         self.dense = {"macs": float(cost.macs), "params": float(cost.params), **self.quality(model)}
         if devices:
@@ -102,29 +112,37 @@ class Evaluator:
             "params_kept": cost.params / max(self.cost.params, 1),
         }
 
-    def build(self, plan: Plan, bn: bool | None = None) -> nn.Module:
+    def build(self, plan: Plan, bn: bool | None = None, quick: bool = False) -> nn.Module:
         """The compressed model in eval mode: applied, refitted, and with batch norm recalibrated if `bn` says so.
 
-        The plan must be checked before, since weights are not compared with its fingerprint here (see `apply`).
+        The plan must be checked before, since weights are not compared with its fingerprint here (see `apply`). With
+        `quick` it is refitted as trials run models, and its weights are in that memory format.
         """
         built = apply(self.model, plan, self.factors, other_weights=True).eval()
+        built = self.fast.module_(built) if quick else built
         if self.refit is not None:
             modules = dict(built.named_modules())
             chains = {n: m for n in plan.changed() if isinstance(m := modules[n], nn.Sequential)}
-            self.refit(built, chains)
+            self.refit(built, chains, quick)
         if bn is None:
             bn = self.bn == "on"
         if bn:
             recalibrate(built, self.bn_batches)
         return built
 
-    def quality(self, module: nn.Module, batches: Sequence[Batch] | None = None) -> dict[str, float]:
-        """kl to the dense model, and accuracy with its standard error where it is known; on the validation data."""
-        batches = self.validation if batches is None else batches
-        dense = self._dense(batches)
+    def quality(
+        self, module: nn.Module, batches: Sequence[Batch] | None = None, quick: bool = False
+    ) -> dict[str, float]:
+        """kl to the dense model, and accuracy with its standard error where it is known; on the validation data.
+
+        With `quick` the module is run as trials run models; it has to be in that memory format.
+        """
+        dense = self._dense(self._pieces if batches is None else batches)
+        if batches is None:
+            batches = self._fast_pieces if quick else self._pieces
         kl: list[Tensor] = []
         correct: list[Tensor] = []
-        with inference(module):
+        with inference(module), (self.fast if quick else EXACT).on(self._device):
             for batch, wanted in zip(batches, dense, strict=True):
                 output = pick(module(*batch.args, **batch.kwargs))
                 kl.append(self.divergence.between(wanted, output))
@@ -182,12 +200,12 @@ class Evaluator:
 
     def _judged(self, plan: Plan) -> tuple[dict[str, float], float]:
         """Quality of the built model, and whether batch norm was recalibrated for it."""
-        built = self.build(plan, bn=False if self.bn == "auto" else None)
-        quality = self.quality(built)
+        built = self.build(plan, bn=False if self.bn == "auto" else None, quick=True)
+        quality = self.quality(built, quick=True)
         if self.bn != "auto":
             return quality, float(self.bn == "on")
         recalibrate(built, self.bn_batches)
-        other = self.quality(built)
+        other = self.quality(built, quick=True)
         return (other, 1.0) if other["kl"] < quality["kl"] else (quality, 0.0)
 
     def _broken(self, measured: Mapping[str, float], limits: Sequence[Limit]) -> str | None:
@@ -211,7 +229,7 @@ class Evaluator:
         return {str(li): li.violation(measured, self.dense) for li in limits if li.key in measured}
 
     def _dense(self, batches: Sequence[Batch]) -> list[Tensor]:
-        key = id(batches) if batches is not self.validation else 0
+        key = id(batches) if batches is not self._pieces else 0
         if key == 0 and 0 in self._dense_outputs:
             return self._dense_outputs[0]
         with inference(self.model):

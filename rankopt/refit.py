@@ -20,6 +20,7 @@ from rankopt.batches import Batch, concatenate
 from rankopt.layer_spec import LayerSpec
 from rankopt.layers import inference, plain_attention, static_layers
 from rankopt.patches import output_rows, patches
+from rankopt.precision import EXACT, Precision, device_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class RefitOptions:
         seed: for the positions.
     """
 
-    max_rows: int = 2**16
+    max_rows: int = 2**14
     ridge: float = 1e-3
     seed: int = 0
 
@@ -47,13 +48,21 @@ class Refit:
         batches: calibration inputs. In one piece (all of one shape) a refit costs a single forward pass; otherwise a
             pass a layer.
         options: see `RefitOptions`.
+        fast: how the compressed model is run where a refit may be quick.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[LayerSpec], batches: Sequence[Batch], options: RefitOptions
+        self,
+        model: nn.Module,
+        layers: Sequence[LayerSpec],
+        batches: Sequence[Batch],
+        options: RefitOptions,
+        fast: Precision = EXACT,
     ) -> None:
         whole = concatenate(batches)
         self.batches = [whole] if whole is not None else list(batches)
+        self.fast, self._device = fast, device_of(model)
+        self._fast_batches = fast.batches(self.batches)
         self.options = options
         self.order: list[str] = []
         self._layers = {layer.name: layer for layer in layers if len(layer.calls) == 1 and layer.skip is None}
@@ -79,28 +88,34 @@ class Refit:
             for batch in self.batches:
                 model(*batch.args, **batch.kwargs)
 
-    def __call__(self, compressed: nn.Module, replaced: Mapping[str, nn.Sequential]) -> None:
+    def __call__(self, compressed: nn.Module, replaced: Mapping[str, nn.Sequential], quick: bool = False) -> None:
         """Refit in place.
 
         Args:
             compressed: the model with the plan applied.
             replaced: layer name → the chain that stands in its place. Other layers stay as they are.
+            quick: run it as `fast` says, with weights in that memory format.
         """
+        with (self.fast if quick else EXACT).on(self._device):
+            self._refit(compressed, replaced, self._fast_batches if quick else self.batches)
+
+    def _refit(
+        self, compressed: nn.Module, replaced: Mapping[str, nn.Sequential], batches: Sequence[Batch]
+    ) -> None:
         names = [name for name in self.order if name in replaced]
         if len(self.batches) == 1:
             with inference(compressed), plain_attention(), _pre_hooks(replaced, names, self._solve_at_once):
-                self._run(compressed, 0)
+                self._run(compressed, batches[0])
             return
         for name in names:
             equations = _Equations(replaced[name][-1])
             for number in range(len(self.batches)):
                 gather = partial(self._gather, equations, number)
                 with inference(compressed), plain_attention(), _pre_hooks(replaced, [name], gather):
-                    self._run(compressed, number)
+                    self._run(compressed, batches[number])
             equations.solve(self.options.ridge)
 
-    def _run(self, compressed: nn.Module, number: int) -> None:
-        batch = self.batches[number]
+    def _run(self, compressed: nn.Module, batch: Batch) -> None:
         with suppress(_Enough):
             compressed(*batch.args, **batch.kwargs)
 

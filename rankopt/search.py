@@ -31,6 +31,7 @@ from rankopt.goals import checked_limit, checked_objectives
 from rankopt.layers import find_layers, fingerprint, run_once
 from rankopt.limits import Limit
 from rankopt.plan import Plan
+from rankopt.precision import chosen
 from rankopt.problem import space_of
 from rankopt.refit import Refit, RefitOptions
 from rankopt.result import Entry, Progress, Result
@@ -69,6 +70,8 @@ class Search:
         refit: how trials are refitted (None: not).
         refit_samples: calibration samples used for it.
         bn: "auto", "on" or "off"; see `Evaluator`.
+        precision: how trials run models: float32, bfloat16, or auto, which is bfloat16 where that is faster and the dense
+            model comes out the same. What a study ends with is built and measured in float32.
         output, class_dim: see `Divergence.of`.
         threads: torch threads while running (None: as they are).
         memory: bytes to work with besides the dense and a compressed model (None: a quarter of the weights, and at
@@ -106,6 +109,7 @@ class Search:
         refit: RefitOptions | None = RefitOptions(),  # noqa: B008  (frozen)
         refit_samples: int | None = 1024,
         bn: str = "off",
+        precision: str = "auto",
         output: str = "auto",
         class_dim: int | None = None,
         options: CalibrationOptions | None = None,
@@ -137,6 +141,7 @@ class Search:
         self.strategy, self.sampler, self.seeds = strategy, sampler, seeds
         self.space_file = load_space(space)
         self.refit_options, self.refit_samples, self.bn = refit, refit_samples, bn
+        self.precision = precision
         self.options = options or CalibrationOptions(seed=seed)
         self.layers = find_layers(model, example_input, example_kwargs)
         self.fingerprint = fingerprint(model, self.layers)
@@ -186,6 +191,7 @@ class Search:
             refit=RefitOptions() if file.refit.enabled else None,
             refit_samples=file.refit.samples,
             bn=file.recovery.bn,
+            precision=file.precision,
             output=file.output.kind,
             class_dim=file.output.class_dim,
             allow=file.allow,
@@ -289,12 +295,13 @@ class Search:
     def evaluator(self) -> Evaluator:
         """What measures plans."""
         refit = None
+        fast = chosen(self.precision, self.model, self.calibration[0], self.divergence)
         if self.refit_options is not None:
             width = sum(la.out_channels for la in self.layers if la.skip is None)
             rows = max(1, min(self.refit_options.max_rows, self.memory // (8 * max(width, 1))))  # half the memory
             samples = rows if self.refit_samples is None else min(self.refit_samples, rows)
             options = replace(self.refit_options, max_rows=rows)
-            refit = Refit(self.model, self.layers, first(self.calibration, samples), options)
+            refit = Refit(self.model, self.layers, first(self.calibration, samples), options, fast)
         return Evaluator(
             self.model,
             self.layers,
@@ -306,6 +313,7 @@ class Search:
             refit=refit,
             bn=self.bn,
             bn_batches=self.calibration,
+            fast=fast,
         )
 
     def run(self, progress: Callable[[Progress], None] | None = None) -> Result:

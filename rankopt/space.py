@@ -118,7 +118,10 @@ class SearchSpace:
         if q not in _EXACT:  # slower than dense is no budget; and the range should not move with the prediction
             most, least = self.totals[q], 0.02 * round(least / self.totals[q] / 0.02) * self.totals[q]
         highest = min(self.bounds.get(q, most), most) / self.totals[q]
-        return min(max(least / self.totals[q] * 1.02, 0.5 * highest), highest), highest
+        lowest = least / self.totals[q] * 1.02
+        if q in self.bounds:  # far below its limit lies no answer
+            lowest = max(lowest, 0.5 * highest)
+        return min(lowest, highest), highest
 
     def _check_reachable(self) -> None:
         """Predicted costs are given the benefit of the doubt, and bounds that dense keeps are not looked at."""

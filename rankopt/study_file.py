@@ -160,6 +160,7 @@ class StudyFile(Strict):
     seed: int = Field(0, ge=0, lt=2**32)
     threads: int = Field(1, ge=1, le=1024)
     storage: str | None = Field(None, min_length=1)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     refit: RefitSpec = RefitSpec()
     recovery: RecoverySpec = RecoverySpec()
     output: OutputSpec = OutputSpec()

@@ -24,6 +24,7 @@ MEMORY = "peak_memory_mib"
 _BYTES = 4 / 2**20  # MiB of a weight
 _NEAR = 0.10  # how near to a bound measured plans have to be to say how far predictions are off there
 _NEIGHBOURS = 5
+_STEP = 0.01
 
 
 class Devices:
@@ -242,7 +243,8 @@ class Devices:
             if abs(took / bound - 1) < _NEAR:
                 near.append((abs(took / bound - 1), took / latency.predict(plan)))
         nearest = [factor for _, factor in sorted(near)[:_NEIGHBOURS]]
-        return float(np.median(nearest)) if nearest else 1.0
+        # in steps, so that the noise of measuring moves the bound, and with it all plans, only where it has to
+        return round(float(np.median(nearest)) / _STEP) * _STEP if nearest else 1.0
 
     def _is_on(self, limit: Limit, latency: PlanLatency) -> bool:
         return limit.quantity.startswith("latency") and self.named(limit.target, limit) is latency

@@ -33,8 +33,9 @@ from rankopt.targets.target import Subject, Target
 from rankopt.timing import Effort
 
 EFFORT = Effort(seconds=0.4, rounds=11, error=0.01, longest=3, repeats=1)
-PROBES = 18  # plans that the correction is fitted on at first
+PROBES = 30  # plans that the correction is fitted on at first
 WRONG = 0.10  # a median error above it calls for more of them
+_LEAST = 0.02  # an error of prediction below this is not told from the noise of measuring
 _AT_ONCE = 6  # plans measured side by side with dense
 
 
@@ -242,10 +243,18 @@ class PlanLatency:
         return self._fitted is not None and self.covered(plan)
 
     def refit(self) -> None:
-        """Fit again, with the plans that were measured since; where one came out far off, its layers are measured."""
-        if self._fitted is not None:
-            took = {p: kept * self.dense.value for p, kept, _ in self._unseen.values()}
-            self.refine([p for p, ms in took.items() if abs(self.predict(p) / ms - 1) > WRONG])
+        """Fit again, if a plan that was measured since came out otherwise than predicted; its layers are then measured.
+
+        A plan that came out as predicted, within the prediction's own error, teaches nothing but the noise of this
+        measurement: with it left out, a search on a busy machine proposes the plans that it would on a quiet one.
+        """
+        if self._fitted is None:
+            return
+        took = {p: kept * self.dense.value for p, kept, _ in self._unseen.values()}
+        missed = {p: abs(self.predict(p) / ms - 1) for p, ms in took.items()}
+        expected = WRONG if self.error is None else max(self.error.p95, _LEAST)
+        if any(miss > expected for miss in missed.values()):
+            self.refine([p for p, miss in missed.items() if miss > WRONG])
             self._fit()
 
     def refine(self, plans: Sequence[Plan]) -> None:

@@ -61,7 +61,7 @@ EXACT = Precision()
 
 
 def device_of(model: nn.Module) -> str:
-    """"cpu", "cuda", ...: where its first parameter is."""
+    """ "cpu", "cuda", ...: where its first parameter is."""
     return next((p.device.type for p in model.parameters()), "cpu")
 
 

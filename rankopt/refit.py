@@ -99,9 +99,7 @@ class Refit:
         with (self.fast if quick else EXACT).on(self._device):
             self._refit(compressed, replaced, self._fast_batches if quick else self.batches)
 
-    def _refit(
-        self, compressed: nn.Module, replaced: Mapping[str, nn.Sequential], batches: Sequence[Batch]
-    ) -> None:
+    def _refit(self, compressed: nn.Module, replaced: Mapping[str, nn.Sequential], batches: Sequence[Batch]) -> None:
         names = [name for name in self.order if name in replaced]
         if len(self.batches) == 1:
             with inference(compressed), plain_attention(), _pre_hooks(replaced, names, self._solve_at_once):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankopt.allocate import Allocation, Choices, allocate, allocate_front
+from rankopt.allocate import Allocation, Choices, allocate, allocate_front, frontier
 from rankopt.errors import InfeasibleError
 
 QUANTITIES = ("macs", "params", "latency")
@@ -158,3 +158,19 @@ def test_many_groups_and_candidates() -> None:
             moved = {q: found.costs[q] + group.costs[q][pick] - group.costs[q][found.picks[n]] for q in limits}
             gain = float(group.losses[found.picks[n]] - group.losses[pick])
             assert any(moved[q] > limits[q] for q in limits) or gain <= 1e-4 * found.loss + 1e-9
+
+
+@settings(max_examples=150, derandomize=True)
+@given(problem=problems())
+def test_the_frontier_holds_the_optimum_at_each_of_its_costs(problem: tuple[list[Choices], dict[str, float]]) -> None:
+    groups, _ = problem
+    line = frontier(groups, "macs")
+    assert (np.diff(line.costs) > 0).all()
+    assert (np.diff(line.losses) < 0).all()
+    for n, (cost, loss) in enumerate(zip(line.costs, line.losses, strict=True)):
+        picks = line.picks(n)
+        assert sum(float(g.costs["macs"][p]) for g, p in zip(groups, picks, strict=True)) == pytest.approx(cost)
+        best = brute(groups, {"macs": float(cost)})
+        assert best is not None
+        assert loss == pytest.approx(best, rel=1e-9, abs=1e-12)
+    assert line.losses[-1] == pytest.approx(brute(groups, {"macs": np.inf}), abs=1e-12)

@@ -19,7 +19,7 @@ LONGER = {"rankopt.testing": 480}
 HEAVY = ("torch", "optuna", "ray", "onnxruntime", "tensorly", "thop", "scipy", "numpy", "pydantic", "rich", "typer")
 # package → where it may be imported: a module, or all below it when it ends in a dot
 HOMES = {
-    "optuna": ["rankopt.study", "rankopt.ledger", "rankopt.proposals"],
+    "optuna": ["rankopt.study", "rankopt.ledger", "rankopt.sampling"],
     "tensorly": ["rankopt.decompositions."],
     "thop": ["rankopt.cost", "rankopt.testing"],
     "scipy": ["rankopt.allocate", "rankopt.latency_fit", "rankopt.latency_table"],

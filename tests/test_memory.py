@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_space import seeds
 from torch import nn
 
 import rankopt
@@ -81,7 +82,7 @@ def test_the_plans_do_not_depend_on_the_memory() -> None:
     for a, b in zip(tight.groups, ample.groups, strict=True):
         assert a.choices == b.choices
         assert a.losses == pytest.approx(b.losses, rel=1e-4, abs=1e-9)
-    neutral = tight.space.seeds(3)
+    neutral = seeds(tight.space, 3)
     assert [tight.space.plan_of(s).digest for s in neutral] == [ample.space.plan_of(s).digest for s in neutral]
 
 

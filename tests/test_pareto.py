@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankopt.pareto import front, hypervolume, knee
+from rankopt.pareto import front, gains, hypervolume, knee
 
 GRID = 6  # points on a small grid: ties and equal rows are common, and volumes can be counted cell by cell
 
@@ -69,3 +69,14 @@ def test_empty_and_outside_the_reference() -> None:
 
 def test_infinite_points_lose() -> None:
     assert front([[1.0, np.inf], [0.0, 0.0]]).tolist() == [1]
+
+
+@settings(max_examples=100, derandomize=True)
+@given(
+    st.lists(st.tuples(st.floats(0, 4), st.floats(0, 1.5)), max_size=8), st.tuples(st.floats(0, 4), st.floats(0, 1.5))
+)
+def test_gains_are_differences_of_volumes(known: list[tuple[float, float]], point: tuple[float, float]) -> None:
+    found = gains([point[0]], [point[1]], known, (3.0, 1.0))
+    assert found[0] == pytest.approx(
+        hypervolume([*known, point], (3.0, 1.0)) - hypervolume(known, (3.0, 1.0)), abs=1e-9
+    )

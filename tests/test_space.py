@@ -15,7 +15,7 @@ from rankopt.candidates import Group
 from rankopt.errors import InfeasibleError
 from rankopt.layer_spec import Call, LayerSpec
 from rankopt.plan import DENSE, Fingerprint, LayerChoice, Plan
-from rankopt.space import SearchSpace, stages
+from rankopt.space import Near, SearchSpace, stages
 
 
 def group(name: str, seed: int, size: int = 16, levels: int = 6, tied: int = 1, with_dense: bool = True) -> Group:
@@ -69,16 +69,10 @@ def cost(plan: Plan, quantity: str, groups: list[Group] = GROUPS) -> float:
     return total
 
 
-class Drawn:
-    """A trial that gives what it is told."""
-
-    def __init__(self, draw: Any) -> None:
-        self.draw, self.asked = draw, dict[str, tuple[float, float]]()
-
-    def suggest_float(self, name: str, low: float, high: float) -> float:
-        self.asked[name] = (low, high)
-        assert low <= high
-        return float(self.draw(low, high))
+def seeds(space: SearchSpace, count: int) -> list[dict[str, float]]:
+    """Budgets along the whole range, the largest first, and no corrections."""
+    neutral = {name: 1.0 if name == "exponent" else 0.0 for name in space.parameters()}
+    return [{**neutral, "budget": float(b)} for b in np.linspace(space.highest, space.lowest, count)]
 
 
 @settings(max_examples=50, derandomize=True)
@@ -94,9 +88,8 @@ def test_every_proposal_keeps_the_limits(data: st.DataObject, macs: Any, params:
         space = made(limits, quantity=quantity)
     except InfeasibleError:
         return
-    trial = Drawn(lambda low, high: data.draw(st.floats(low, high)))
-    plan = space.suggest(trial)
-    assert trial.asked == space.parameters()
+    values = {name: data.draw(st.floats(low, high)) for name, (low, high) in space.parameters().items()}
+    plan = space.plan_of(values)
     for q, share in limits.items():
         assert cost(plan, q) <= share * totals()[q] * (1 + 1e-12)
     assert {la.name for g in GROUPS for la in g.layers} == set(plan.layers)
@@ -105,7 +98,7 @@ def test_every_proposal_keeps_the_limits(data: st.DataObject, macs: Any, params:
 
 def test_neutral_numbers_give_the_allocated_plan() -> None:
     space = made({"macs": 0.5})
-    for seed in space.seeds(5):
+    for seed in seeds(space, 5):
         plan = space.plan_of(seed)
         bound = seed["budget"] * totals()["macs"] - FIXED["macs"]
         expected = allocate([g.as_choices() for g in GROUPS], {"macs": bound})
@@ -113,36 +106,31 @@ def test_neutral_numbers_give_the_allocated_plan() -> None:
         assert cost(plan, "macs") <= seed["budget"] * totals()["macs"] * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("count", [1, 2, 12])
 @pytest.mark.parametrize("limits", [{}, {"macs": 0.6}, {"params": 0.5}])
-def test_seeds_go_along_the_range(count: int, limits: dict[str, float]) -> None:
+def test_budgets_go_from_the_limit_to_what_can_be_reached(limits: dict[str, float]) -> None:
     space = made(limits)
-    seeds = space.seeds(count)
-    budgets = [s["budget"] for s in seeds]
-    assert len(seeds) == count
-    assert budgets == sorted(budgets, reverse=True)
-    assert budgets[0] == space.highest
-    assert space.highest <= limits.get("macs", 1.0) + 1e-12
-    if count > 1:
-        assert budgets[-1] == space.lowest
-    for seed in seeds:
-        assert set(seed) == set(space.parameters())
+    assert space.highest == pytest.approx(limits.get("macs", 1.0))
+    costs = [cost(space.plan_of(s), "macs") for s in seeds(space, 12)]
+    assert costs == sorted(costs, reverse=True)
+    least = FIXED["macs"] + sum(float(g.macs.min()) for g in GROUPS)
+    if "macs" not in limits:  # below a limit nobody looks further down than to half of it
+        assert space.lowest == pytest.approx(1.02 * least / totals()["macs"])
+        assert costs[-1] <= 1.02 * least
+    for seed in seeds(space, 3):
         for name, value in seed.items():
             low, high = space.parameters()[name]
             assert low <= value <= high
-    costs = [cost(space.plan_of(s), "macs") for s in seeds]
-    assert costs == sorted(costs, reverse=True)
 
 
 def test_the_first_seed_is_the_best_plan_right_at_the_limit() -> None:
-    exact = cost(made({"macs": 0.47}).plan_of(made({"macs": 0.47}).seeds(1)[0]), "macs")
+    exact = cost(made({"macs": 0.47}).plan_of(seeds(made({"macs": 0.47}), 1)[0]), "macs")
     space = made({"macs": exact / totals()["macs"]})  # the optimum costs exactly the limit
-    assert cost(space.plan_of(space.seeds(1)[0]), "macs") == exact
+    assert cost(space.plan_of(seeds(space, 1)[0]), "macs") == exact
 
 
 def test_corrections_move_the_plan() -> None:
     space = made({"macs": 0.4})
-    neutral = space.seeds(1)[0]
+    neutral = seeds(space, 1)[0]
 
     def share(values: Mapping[str, float]) -> float:
         methods = space.plan_of(values).methods()
@@ -171,7 +159,7 @@ def test_a_limit_that_nothing_meets_says_what_is_reachable() -> None:
 
 def test_a_budget_below_what_other_limits_leave() -> None:
     space = made({"params": 0.45})
-    plan = space.plan_of({**space.seeds(1)[0], "budget": 0.0001})
+    plan = space.plan_of({**seeds(space, 1)[0], "budget": 0.0001})
     assert cost(plan, "params") <= 0.45 * totals()["params"]
 
 
@@ -180,23 +168,97 @@ def test_a_single_candidate_each() -> None:
     single = [Group(g.layers, g.choices[:1], g.losses[:1], g.macs[:1], g.params[:1]) for g in single]
     space = made(groups=single)
     assert space.lowest == space.highest
-    assert space.plan_of(space.seeds(1)[0]).changed()
+    assert space.plan_of(seeds(space, 1)[0]).changed()
 
 
 def test_no_groups() -> None:
     space = SearchSpace([], {"macs": 5.0}, {"macs": 5.0}, {})
-    assert space.plan_of(space.seeds(1)[0]).changed() == {}
+    assert space.plan_of(seeds(space, 1)[0]).changed() == {}
 
 
 def test_plans_carry_the_model() -> None:
     fingerprint = Fingerprint("a", "b")
     space = made(fingerprint=fingerprint, skipped={"head": "tied"})
-    plan = space.plan_of(space.seeds(1)[0])
+    plan = space.plan_of(seeds(space, 1)[0])
     assert (plan.fingerprint, plan.skipped) == (fingerprint, {"head": "tied"})
 
 
 def test_predicted_of_a_foreign_choice_is_not_a_number() -> None:
     assert np.isnan(made().predicted(Plan({"l0": LayerChoice("cp", {"rank": 1})})))
+
+
+@settings(max_examples=60, derandomize=True)
+@given(data=st.data())
+def test_near_a_plan_no_more_layers_move_and_none_further_than_asked(data: st.DataObject) -> None:
+    space = made({"macs": 0.9})
+    losses = [g.losses * data.draw(st.floats(0.2, 5.0)) for g in GROUPS]
+    centre = space.solve(space.losses, data.draw(st.floats(0.2, 0.9)))
+    layers, levels = data.draw(st.integers(0, 8)), data.draw(st.integers(1, 3))
+    budget = data.draw(st.floats(0.1, 0.9))
+    plan = space.solve(losses, budget, Near(centre, layers, levels))
+    moved = [g for g in GROUPS if plan[g.name] != centre[g.name]]
+    assert len(moved) <= layers
+    for g in moved:
+        loss = losses[GROUPS.index(g)]
+        here, there = g.choices.index(centre[g.name]), g.choices.index(plan[g.name])
+        low, high = sorted((g.macs[here], g.macs[there]))
+        better = [
+            n for n in range(len(g.choices))
+            if low < g.macs[n] < high and not any(g.macs[m] <= g.macs[n] and loss[m] < loss[n] for m in range(len(loss)))
+        ]  # fmt: skip
+        assert len(better) < levels + 1
+    if plan.digest != centre.digest:
+        assert cost(plan, "macs") <= budget * totals()["macs"] * (1 + 1e-12)
+
+
+def test_near_a_plan_the_best_move_is_found() -> None:
+    """Against all moves of one layer by one level."""
+    space = made({"macs": 0.9})
+    centre = space.solve(space.losses, 0.5)
+    budget = cost(centre, "macs") * 1.1 / totals()["macs"]
+    plan = space.solve(space.losses, budget, Near(centre, 1, 1))
+    picks = space.picks(centre)
+    assert picks is not None
+    best = space.predicted(centre)
+    for n, g in enumerate(GROUPS):
+        front = [i for i in np.lexsort((g.losses, g.macs)) if not (g.losses[g.macs <= g.macs[i]] < g.losses[i]).any()]
+        at = front.index(picks[n])
+        for step in (-1, 1):
+            if 0 <= at + step < len(front):
+                other = space.plan([front[at + step] if m == n else p for m, p in enumerate(picks)])
+                if cost(other, "macs") <= budget * totals()["macs"]:
+                    best = min(best, space.predicted(other))
+    assert space.predicted(plan) == pytest.approx(best)
+
+
+@settings(max_examples=60, derandomize=True)
+@given(data=st.data())
+def test_a_plan_told_layer_by_layer_is_the_plan(data: st.DataObject) -> None:
+    space = made()
+    plan = space.plan([data.draw(st.integers(0, len(g.choices) - 1)) for g in GROUPS])
+    numbers, ranges = space.layer_numbers(plan), space.layer_parameters()
+    assert list(numbers) == list(ranges)
+    for name, value in numbers.items():
+        given = ranges[name]
+        assert value in given if isinstance(value, str) else given[0] <= value <= given[1]  # type: ignore[operator]
+    again = space.plan_by_layer(numbers)
+    for g in GROUPS:  # of two candidates of one method and cost the first one counts
+        a, b = g.choices.index(plan[g.name]), g.choices.index(again[g.name])
+        assert (g.choices[a].method, g.macs[a]) == (g.choices[b].method, g.macs[b])
+
+
+def test_the_frontier_is_made_of_optima() -> None:
+    space = made()
+    line = space.frontier(space.losses)
+    assert (np.diff(line.costs) > 0).all()
+    assert (np.diff(line.losses) < 0).all()
+    for n in range(0, len(line.costs), 7):
+        plan = space.plan(line.picks(n))
+        assert cost(plan, "macs") == pytest.approx(line.costs[n] + FIXED["macs"])
+        assert space.predicted(plan) == pytest.approx(line.losses[n])
+        assert space.shares(line.costs)[n] == pytest.approx(cost(plan, "macs") / totals()["macs"])
+        best = allocate([g.as_choices() for g in GROUPS], {"macs": float(line.costs[n]) * (1 + 1e-9)})
+        assert space.predicted(plan) == pytest.approx(best.loss, rel=1e-3)
 
 
 def test_stages_by_size_and_by_depth() -> None:

@@ -20,15 +20,17 @@ import numpy as np
 import optuna
 import pytest
 import yaml
-from test_space import GROUPS, cost, made, totals
+from test_space import GROUPS, cost, group, made, seeds, totals
 
 from rankopt import ledger, study
+from rankopt.candidates import Group
 from rankopt.cli import main
 from rankopt.errors import InfeasibleError, InputError, RankoptError, StudyMismatchError
 from rankopt.evaluate import Evaluation
 from rankopt.limits import Limit, parse_limit
 from rankopt.plan import Plan
 from rankopt.result import Progress, Result
+from rankopt.strategies.strategy import Setting
 
 ROOT = Path(__file__).parent.parent
 DENSE = {"macs": totals()["macs"], "params": totals()["params"], "kl": 0.0}
@@ -62,10 +64,12 @@ def search(
     facts: dict[str, str] = FACTS,
     storage: Any = None,
     progress: Callable[[Progress], None] = lambda p: None,
+    strategy: str = "auto",
 ) -> Result:
     opened = ledger.open_study(storage or ledger.open_storage(url), name, objectives, facts, DENSE, limits)
     bounds = {li.quantity: li.bound(DENSE) / DENSE[li.quantity] for li in limits if li.quantity in ("macs", "params")}
-    study.run(opened, made(bounds), evaluate, limits, trials, seed, progress)
+    setting = Setting(made(bounds), objectives, limits, DENSE, trials, seed)
+    study.run(opened, setting, evaluate, progress, by=strategy)
     return ledger.result_of(opened, limits)
 
 
@@ -110,21 +114,51 @@ def test_trials_keep_the_limits_and_the_front_is_one(url: str | None) -> None:
 
 def test_the_study_learns_what_the_prediction_gets_wrong() -> None:
     result = search(trials=60)
-    seeds = {made({"macs": 0.6}).plan_of(s).digest for s in made({"macs": 0.6}).seeds(12)}
+    solved = {made({"macs": 0.6}).plan_of(s).digest for s in seeds(made({"macs": 0.6}), 12)}
     kl = {e.plan.digest: float(e.measurements["kl"] or 0) for e in result.entries}
-    assert min(kl.values()) < 0.9 * min(kl[d] for d in seeds)
+    assert min(kl.values()) < 0.9 * min(kl[d] for d in solved)
 
 
-def test_seeds_come_first_and_half_of_the_rest_is_asked_for_at_the_limit(tmp_path: Path) -> None:
+def test_solved_plans_come_first_and_half_of_the_rest_is_asked_for_at_the_limit(tmp_path: Path) -> None:
     url = str(tmp_path / "s.log")
-    search(url, 24)
-    space, params = made({"macs": 0.6}), proposals(url)
-    assert params[:8] == space.seeds(8)
-    later = params[8:]
-    at_the_limit = [p for p in later if p["budget"] == space.highest]
+    search(url, 24, strategy="correct")
+    space = made({"macs": 0.6})
+    asked = [t.user_attrs["proposal"]["numbers"] for t in counted(url)]
+    assert sorted(asked[:8], key=lambda n: -n["budget"]) == seeds(space, 8)
+    later = asked[8:]
+    at_the_limit = [n for n in later if n["budget"] == space.highest]
     assert len(at_the_limit) >= len(later) / 2
     assert len(later) > len(at_the_limit)
-    assert len({tuple(p.values()) for p in params}) == 24
+    assert len({tuple(n.values()) for n in asked}) == 24
+
+
+def test_the_parameters_of_a_trial_are_its_layers(tmp_path: Path) -> None:
+    """So that Optuna's dashboard and importances show them."""
+    url = str(tmp_path / "s.db")
+    search(url, 14)
+    space = made({"macs": 0.6})
+    for trial in trials_of(url):
+        assert trial.params == space.layer_numbers(Plan.from_dict(trial.user_attrs["plan"]))
+    opened = optuna.load_study(study_name="s", storage=ledger.open_storage(url))
+    found = optuna.importance.get_param_importances(opened, target=lambda t: t.values[0])
+    assert set(found) <= set(space.layer_parameters())
+    assert found
+
+
+def test_above_64_layers_they_stand_in_the_plan_alone() -> None:
+    many = [Group(g.layers, g.choices, g.losses, g.macs, g.params) for g in [group(f"m{n}", n) for n in range(65)]]
+    assert ledger.layer_parameters(made(groups=many), made(groups=many).solve(made(groups=many).losses, 0.5)) == (
+        {},
+        {},
+    )
+    assert (
+        len(
+            ledger.layer_parameters(
+                made(groups=many[:64]), made(groups=many[:64]).solve([g.losses for g in many[:64]], 0.5)
+            )[0]
+        )
+        == 128
+    )
 
 
 def test_what_is_stored_of_a_trial(tmp_path: Path) -> None:
@@ -153,8 +187,8 @@ def test_a_limit_on_quality_is_searched_at_its_edge() -> None:
     best = result.best()
     assert float(best.measurements["kl"] or 9) <= 0.15
     assert best.measurements["macs"] == min(e.measurements["macs"] for e in result.entries if e.feasible)  # type: ignore[type-var]
-    seeds = [measure(made().plan_of(s)).measurements for s in made().seeds(12)]
-    assert float(best.measurements["macs"] or 0) < min(m["macs"] for m in seeds if m["kl"] <= 0.15)
+    solved = [measure(made().plan_of(s)).measurements for s in seeds(made(), 12)]
+    assert float(best.measurements["macs"] or 0) < min(m["macs"] for m in solved if m["kl"] <= 0.15)
 
 
 def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
@@ -252,8 +286,8 @@ def test_more_trials_go_on_and_no_more_trials_do_nothing(tmp_path: Path) -> None
     assert len(trials_of(url)) == 12
     search(url, 20)
     assert len(counted(url)) == 20
-    seeds = made({"macs": 0.6}).seeds(6)
-    assert sum(p in seeds for p in proposals(url)) <= 6  # none is proposed twice
+    digests = [Plan.from_dict(t.user_attrs["plan"]).digest for t in counted(url)]
+    assert len(set(digests)) == len(digests)  # none is proposed twice
     assert search(url, 3).entries  # fewer than there are
 
 

@@ -8,6 +8,7 @@ from rankopt.strategies.fit import Fit
 from rankopt.strategies.free import Free, Plain
 from rankopt.strategies.greedy import Greedy
 from rankopt.strategies.local import Local
+from rankopt.strategies.mixed import Mixed
 from rankopt.strategies.relinearize import Relinearize
 from rankopt.strategies.solved import Solved
 from rankopt.strategies.strategy import Strategy
@@ -15,9 +16,9 @@ from rankopt.strategies.uniform import Energy, Uniform
 from rankopt.strategies.vbmf import Vbmf
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    s.name: s for s in (Fit, Correct, Local, Relinearize, Free, Plain, Solved, Uniform, Energy, Vbmf, Greedy)
+    s.name: s for s in (Mixed, Correct, Fit, Local, Relinearize, Free, Plain, Solved, Uniform, Energy, Vbmf, Greedy)
 }
-DEFAULT = Fit.name
+DEFAULT = Mixed.name
 
 
 def strategy(name: str) -> type[Strategy]:

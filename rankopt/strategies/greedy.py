@@ -12,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from rankopt.plan import DENSE
+from rankopt.plan import DENSE, Plan
 from rankopt.strategies.solved import Solved
 from rankopt.strategies.strategy import Exhausted, Proposal, Setting, Standing, Strategy
 from rankopt.strategies.uniform import _dense
@@ -47,7 +47,7 @@ class Greedy(Strategy):
                 return Proposal(plan, self.name)
         raise Exhausted("greedy: no further budget gives another plan")
 
-    def alone(self, group: int, choice: int):  # type: ignore[no-untyped-def]
+    def alone(self, group: int, choice: int) -> Plan:
         """The plan in which one layer alone is compressed."""
         picks = [_dense(g) for g in self.space.groups]
         picks[group] = choice

@@ -12,6 +12,7 @@ import numpy as np
 
 from rankopt.plan import Plan
 from rankopt.result import Entry
+from rankopt.sampling import Told
 from rankopt.space import Near
 from rankopt.strategies.fit import Fit
 from rankopt.strategies.strategy import Array, Line, Proposal, Setting, Standing
@@ -31,6 +32,7 @@ class Relinearize(Fit):
         self._around: dict[str, list[Array]] = {}  # plan digest → predicted changes
         self._used: dict[str, int] = {}  # plan digest → steps taken from it
         self._centre: Entry | None = None
+        self._last = ""
 
     def propose(self, standing: Standing) -> Proposal:
         """A step from the present centre, or from a new one."""
@@ -42,10 +44,19 @@ class Relinearize(Fit):
             if plan is None:
                 break
             if plan.digest not in known:
-                return Proposal(plan, self.name)
+                centre = "" if self._centre is None else self._centre.plan.digest
+                return Proposal(plan, self.name, marks={"centre": centre, "used": self._used.get(centre, 0)})
         return super().propose(standing)
 
+    def told(self, proposal: Proposal, outcome: Told) -> None:
+        """Note how many steps were taken from which plan, for a study that is resumed."""
+        if proposal.by == self.name and "centre" in proposal.marks:
+            self._used[str(proposal.marks["centre"])] = int(proposal.marks["used"])
+            self._last = str(proposal.marks["centre"])
+
     def _step(self, standing: Standing) -> Plan | None:
+        if self._centre is None and self._last:
+            self._centre = next((e for e in standing.entries if e.plan.digest == self._last), None)
         centre = self._centre
         if centre is None or self._used.get(centre.plan.digest, 0) >= _STEPS:
             centre = self._centre = self._next(standing)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from rankopt.plan import Plan
-from rankopt.strategies.strategy import Exhausted, Proposal, Setting, Standing, Strategy
+from rankopt.strategies.strategy import Exhausted, Proposal, Standing, Strategy
 
 _TRIES = 64
 
@@ -16,17 +16,11 @@ class Solved(Strategy):
 
     name: ClassVar[str] = "solved"
 
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        self._next = 0
-
     def propose(self, standing: Standing) -> Proposal:
         """The next budget whose plan is not known yet."""
         known = {e.plan.digest for e in standing.entries}
-        start = max(self._next, standing.number)
-        for n in range(start, start + _TRIES):
+        for n in range(standing.number, standing.number + _TRIES):
             plan = self.at(n)
-            self._next = n + 1
             if plan.digest not in known:
                 return Proposal(plan, self.name)
         raise Exhausted("solved: no further budget gives another plan")

@@ -7,8 +7,8 @@
 
 For every network and runtime the latency table is filled from nothing, the correction is fitted on the plans that
 `PlanLatency.prepare` draws, and then so many other random plans are predicted and measured, each beside dense. The
-floor is what some of the same plans do when they are measured a second time. A run of some of them replaces their rows in
-the record and leaves the others.
+floor is what some of the same plans do when they are measured a second time. A run of some of them replaces their rows
+in the record and leaves the others.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def main() -> None:
         *headed(
             "Predicted against measured latency of whole plans",
             f"{options.plans} random plans each that the prediction was not fitted on, batch 1, one thread, random",
-            "weights; ResNet-20 at 32×32, ResNet-18 at 96×96. Errors are relative to the measured share of dense. The rows",
-            "come from one or several runs of the script on this machine, the last of which is named here.",
+            "weights; ResNet-20 at 32×32, ResNet-18 at 96×96. Errors are relative to the measured share of dense. The",
+            "rows come from one or several runs of the script on this machine, the last of which is named here.",
             runtimes=("onnxruntime", "openvino"),
         ),
         "| network | runtime | dense ms | plans took × dense | error, median | error, 95th percentile"

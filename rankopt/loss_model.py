@@ -82,7 +82,7 @@ class LossModel:
             return
         logs, methods = self._tables(np.array([row for row, _ in rows]))
         wanted = np.log([v for _, v in rows])
-        at, noise = self._at, self.noise
+        at, noise = self._prior, _NOISE  # not from the last fit: a study that is resumed has to come to the same
         for _ in range(3):  # the noise that is left decides how far the prior is left, and the other way round
             at = self._solve(at, logs, methods, wanted, noise)
             left = wanted - self._values(at, logs, methods)[0]

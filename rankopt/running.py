@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 from rankopt import ledger, study
 from rankopt.batches import digest
 from rankopt.errors import InputError
+from rankopt.evbmf import estimated_share
 from rankopt.problem import learn
 from rankopt.result import Entry, Result
+from rankopt.sensitivity import Sensitivities, SensitivityOptions
+from rankopt.strategies.strategy import Setting
 
 if TYPE_CHECKING:
     from rankopt.search import Search
@@ -39,7 +42,7 @@ def run(search: Search) -> Result:
     _measure_together(search, inherited, known)
     study.run(
         opened,
-        search.setting,
+        setting_of(search),
         search.evaluator,
         search.progress,
         learn=lambda: learn(space, devices),
@@ -50,6 +53,26 @@ def run(search: Search) -> Result:
         study.confirm_best(opened, search.limits, lambda entry: _again(search, entry))
         ledger.say(opened, devices.report())
     return ledger.with_owner(ledger.result_of(opened, search.limits), search)
+
+
+def setting_of(search: Search) -> Setting:
+    """What the strategy of a search is made for."""
+    built, factors = search.evaluator, search._factors
+    return Setting(
+        search.space,
+        search.objectives,
+        search.limits,
+        built.dense,
+        search.trials,
+        search.seed,
+        search.seeds,
+        search.sampler,
+        Sensitivities(
+            search.model, search.groups, factors, search.calibration, search.divergence, built.build,
+            SensitivityOptions(seed=search.seed),
+        ),
+        lambda group, method: estimated_share(group, method, factors),
+    )  # fmt: skip
 
 
 def facts_of(search: Search) -> dict[str, str]:

@@ -25,10 +25,13 @@ from rankopt.pareto import front
 Range = tuple[float, float] | tuple[str, ...]  # numbers from a to b, or one of these texts
 Number = float | str
 
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
 _REMEMBERED = 300  # trials that TPE and GP learn from; of more, the best and the newest
 _FORGET_EVERY = 100
 _YARDSTICK = 8  # first trials whose front the others are measured by, for samplers with a single objective
 _MANY = 2000  # trials from which a sampler has to be quick
+_POPULATION = 24
 _LONGEST_MARK = 256  # characters; what samplers write down of a trial (a generation) is short
 
 
@@ -54,8 +57,8 @@ class Sampling:
     """One sampler and what it was told.
 
     Args:
-        name: of `SAMPLERS`, or ``auto``: TPE, and NSGA-II for 2,000 trials and more. (GP took some fifty times as long to
-            propose and found less with the ten numbers of `correct`.)
+        name: of `SAMPLERS`, or ``auto``: TPE, and NSGA-II for 2,000 trials and more. (GP took some fifty times as long
+            to propose and found less with the ten numbers of `correct`.)
         ranges: name → range.
         objectives: how many there are.
         trials: how many the study shall have; only ``auto`` goes by it.
@@ -130,6 +133,19 @@ class Sampling:
         old = self._told[:since]
         for told in [*(_chosen(old) if since > _REMEMBERED else old), *self._told[since:]]:
             self._put(told)
+        if self.name in _EVOLVING and self._told:
+            self._choose_parents()
+
+    def _choose_parents(self) -> None:
+        """Let the sampler choose the parents of the generation that is under way, if it had before.
+
+        It keeps them in another order than the one in which it uses them the first time.
+        """
+        generations = [v for t in self._told for k, v in t.marks.items() if k.endswith("generation") and t.values]
+        if generations and generations.count(max(generations)) < _POPULATION:
+            with _quiet():
+                self._study.sampler = SAMPLERS[self.name](self.seed)
+                self._study.tell(self._study.ask(self._distributions), state=TrialState.FAIL)
 
     def _put(self, told: Told) -> None:
         """A finished trial; one whose numbers lie outside of the ranges (the space has moved) is brought inside."""
@@ -218,9 +234,11 @@ def _chosen(told: Sequence[Told]) -> list[Told]:
     left = [n for n, t in enumerate(told) if t.values is not None and _complete(t.values)]
     kept: set[int] = set()
     while left and len(kept) < _REMEMBERED // 2:
-        best = {left[i] for i in front([[*told[n].values, max([0.0, *told[n].excess.values()])] for n in left])}  # type: ignore[misc]
-        kept |= best
-        left = [n for n in left if n not in best]
+        best = [left[i] for i in front([[*told[n].values, max([0.0, *told[n].excess.values()])] for n in left])]  # type: ignore[misc]
+        room = _REMEMBERED // 2 - len(kept)
+        spread = np.unique(np.linspace(0, len(best) - 1, min(room, len(best))).round().astype(int))
+        kept |= {best[i] for i in spread}
+        left = [n for n in left if n not in set(best)]
     newest = [n for n in range(len(told) - 1, -1, -1) if n not in kept]
     kept |= set(newest[: max(0, _REMEMBERED - len(kept))])
     return [told[n] for n in sorted(kept)]
@@ -240,11 +258,11 @@ def _tpe(seed: int) -> BaseSampler:
 
 
 def _nsga2(seed: int) -> BaseSampler:
-    return optuna.samplers.NSGAIISampler(seed=seed, population_size=24)
+    return optuna.samplers.NSGAIISampler(seed=seed, population_size=_POPULATION)
 
 
 def _nsga3(seed: int) -> BaseSampler:
-    return optuna.samplers.NSGAIIISampler(seed=seed, population_size=24)
+    return optuna.samplers.NSGAIIISampler(seed=seed, population_size=_POPULATION)
 
 
 def _gp(seed: int) -> BaseSampler:
@@ -273,4 +291,5 @@ SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "random": _random,
 }
 _SINGLE = ("cmaes",)  # those that know a single objective
+_EVOLVING = ("nsga2", "nsga3")  # those that go by generations
 _FORGETFUL = ("tpe", "gp")  # those that grow slow with many trials

@@ -25,7 +25,6 @@ from rankopt.devices import Devices
 from rankopt.divergence import Divergence
 from rankopt.errors import DataError, InputError, PlanError, UncountedOperationError
 from rankopt.evaluate import Evaluator, Metric
-from rankopt.evbmf import estimated_share
 from rankopt.factors import Factors
 from rankopt.goals import checked_limit, checked_objectives
 from rankopt.layers import find_layers, fingerprint, run_once
@@ -36,10 +35,8 @@ from rankopt.problem import space_of
 from rankopt.refit import Refit, RefitOptions
 from rankopt.result import Entry, Progress, Result
 from rankopt.saving import saved
-from rankopt.sensitivity import Sensitivities, SensitivityOptions
 from rankopt.space import SearchSpace
 from rankopt.space_file import Space, load_space, resolve, tied_groups
-from rankopt.strategies.strategy import Setting
 from rankopt.surgery import checked
 from rankopt.targets import read as read_target
 from rankopt.targets.target import Target
@@ -70,8 +67,8 @@ class Search:
         refit: how trials are refitted (None: not).
         refit_samples: calibration samples used for it.
         bn: "auto", "on" or "off"; see `Evaluator`.
-        precision: how trials run models: float32, bfloat16, or auto, which is bfloat16 where that is faster and the dense
-            model comes out the same. What a study ends with is built and measured in float32.
+        precision: how trials run models: float32, bfloat16, or auto, which is bfloat16 where that is faster and the
+            dense model comes out the same. What a study ends with is built and measured in float32.
         output, class_dim: see `Divergence.of`.
         threads: torch threads while running (None: as they are).
         memory: bytes to work with besides the dense and a compressed model (None: a quarter of the weights, and at
@@ -256,25 +253,6 @@ class Search:
         self.devices.prepare(self.groups, self.tell)
         skipped = {la.name: la.skip for la in self.layers if la.skip}
         return space_of(self.groups, self.cost, self.devices, self.limits, self.objectives, self.fingerprint, skipped)
-
-    @property
-    def setting(self) -> Setting:
-        """What plans are chosen by."""
-        return Setting(
-            self.space,
-            self.objectives,
-            self.limits,
-            self.evaluator.dense,
-            self.trials,
-            self.seed,
-            self.seeds,
-            self.sampler,
-            Sensitivities(
-                self.model, self.groups, self._factors, self.calibration, self.divergence, self.evaluator.build,
-                SensitivityOptions(seed=self.seed),
-            ),
-            lambda group, name: estimated_share(group, name, self._factors),
-        )  # fmt: skip
 
     @cached_property
     def devices(self) -> Devices:

@@ -32,18 +32,17 @@ from rankopt.ledger import (
     result_of,
     writable,
 )
-from rankopt.limits import Limit, measured_key
-from rankopt.pareto import hypervolume
+from rankopt.limits import Limit
 from rankopt.plan import Plan
-from rankopt.result import MAXIMIZED, Entry, Progress, Result, minimized
+from rankopt.result import MAXIMIZED, Entry, Progress
 from rankopt.sampling import Told
 from rankopt.strategies import strategy
 from rankopt.strategies.strategy import Exhausted, Proposal, Setting, Standing
+from rankopt.worth import told_values, volume, worth
 
 _MAX_FAILURES = 8
 _INTERRUPTED = "interrupted"
 _FAR = "not measured on the device: another plan is better in everything"
-_DOUBT = 0.05  # how far a predicted latency may be off when it is asked whether a plan is worth measuring
 
 
 class Evaluate(Protocol):
@@ -119,7 +118,7 @@ class Loop:
         self.strategy = strategy(by)(setting)
         frozen = [t for t in study.get_trials(deepcopy=False) if _counts(t)]
         known = known_entries(study, setting.limits)
-        self.measured = {e.plan.digest: e for e in known if None not in _told(e.measurements, self.objectives)}
+        self.measured = {e.plan.digest: e for e in known if None not in told_values(e.measurements, self.objectives)}
         self._refused = {t.user_attrs[PLAN_DIGEST] for t in frozen if PLAN_DIGEST in t.user_attrs}
         self.done = len(frozen)
         self.strategy.recall([pair for t in frozen if (pair := self._past(t)) is not None])
@@ -161,9 +160,9 @@ class Loop:
             found = evaluate(
                 asked.proposal.plan,
                 setting.limits,
-                lambda known: _worth(known, entries, self.objectives, setting.limits, setting.dense),
+                lambda known: worth(known, entries, self.objectives, setting.limits, setting.dense),
             )
-            values = _told(found.measurements, self.objectives)
+            values = told_values(found.measurements, self.objectives)
             if any(v is not None and not np.isfinite(v) for v in values):
                 raise RankoptError(f"measured {dict(zip(self.objectives, values, strict=True))}")
             return found
@@ -185,7 +184,7 @@ class Loop:
             self.strategy.told(proposal, Told(proposal.numbers, None, {}, proposal.marks))
             return
         self._failures = []
-        values = _told(outcome.measurements, self.objectives)
+        values = told_values(outcome.measurements, self.objectives)
         excess = self._excess(outcome.measurements)
         trial.set_user_attr(VALUES, outcome.measurements)
         trial.set_user_attr(EXCESS, outcome.violations)
@@ -218,7 +217,7 @@ class Loop:
             self._refused.add(old.plan.digest)
             self.done += 1
             return
-        values = [v for v in _told(found.measurements, self.objectives) if v is not None]
+        values = [v for v in told_values(found.measurements, self.objectives) if v is not None]
         if len(values) < len(self.objectives):
             return
         share = self.space.share(found.measurements)
@@ -263,7 +262,7 @@ class Loop:
         measured = trial.user_attrs.get(VALUES)
         if measured is None or trial.state == TrialState.FAIL:
             return proposal, Told(proposal.numbers, None, {}, proposal.marks)
-        values = self._minimized(_told(measured, self.objectives))
+        values = self._minimized(told_values(measured, self.objectives))
         return proposal, Told(proposal.numbers, values, self._excess(measured), proposal.marks)
 
     def _minimized(self, values: Sequence[float | None]) -> list[float | None]:
@@ -295,46 +294,6 @@ def _reason(error: Exception) -> str:
     return error.message if isinstance(error, RankoptError) else " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _told(values: Mapping[str, float | None], objectives: Sequence[str]) -> list[float | None]:
-    """The objectives' values for the sampler; a latency that was not worth measuring as predicted."""
-    keys = [measured_key(o) for o in objectives]
-    return [values.get(key, values.get(_predicted(key))) for key in keys]
-
-
-def _predicted(key: str) -> str:
-    return key.replace("_ms", "_predicted_ms") if key.startswith("latency") else key
-
-
-def _worth(
-    known: Mapping[str, float],
-    entries: Sequence[Entry],
-    objectives: Sequence[str],
-    limits: Sequence[Limit],
-    dense: Mapping[str, float],
-) -> bool:
-    """Whether no measured plan is better in everything, even where the predicted latency is too high by `_DOUBT`.
-
-    Everything is the objectives and what limits are on. Plans that break a limit which this one is known to keep are no
-    rivals, and what can't be predicted (memory) has to be measured.
-    """
-    open_limits = [li for li in limits if li.key not in known]
-    keys = list(dict.fromkeys([*map(measured_key, objectives), *(li.key for li in open_limits)]))
-    hoped = dict(known)
-    for key in keys:
-        if key not in hoped and _predicted(key) in known:
-            hoped[key] = known[_predicted(key)] * (1 - _DOUBT)
-    if any(key not in hoped for key in keys):
-        return True
-    mine = np.array(minimized(hoped, keys))
-    closed = [li for li in limits if li.key in known]
-    for entry in entries:
-        values = {k: v for k, v in entry.measurements.items() if v is not None}
-        other = np.array(minimized(values, keys))
-        if (other <= mine).all() and (other < mine).any() and all(li.violation(values, dense) <= 0 for li in closed):
-            return False
-    return True
-
-
 def _sweep(study: optuna.Study) -> None:
     """Trials that a killed process left running are failed, so that they repel no samples for ever."""
     for trial in study.get_trials(deepcopy=False):
@@ -345,13 +304,3 @@ def _sweep(study: optuna.Study) -> None:
 
 def _counts(trial: FrozenTrial) -> bool:
     return trial.state.is_finished() and trial.user_attrs.get(REASON) != _INTERRUPTED
-
-
-def volume(result: Result) -> float:
-    """Hypervolume of the front: kl from 3 nats down, costs as shares of dense from 1 down, accuracy from 0 up."""
-    scale = np.array(
-        [1.0 if o in ("kl", *MAXIMIZED) else result.dense.get(measured_key(o), 1.0) for o in result.objectives]
-    )
-    reference = [3.0 if o == "kl" else 0.0 if o in MAXIMIZED else 1.0 for o in result.objectives]
-    points = [np.array(minimized(e.measurements, result.objectives)) / scale for e in result.front]
-    return hypervolume(points, reference) if points else 0.0

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 # Stated here, since reading a study file loads neither Optuna nor torch; a test compares them with the tables.
 STRATEGY_NAMES = (
-    "auto", "mixed", "correct", "fit", "local", "relinearize", "free", "plain", "solved", "uniform", "energy", "vbmf", "greedy",
+    "auto", "mixed", "correct", "fit", "local", "relinearize", "free", "plain", "solved", "uniform", "energy", "vbmf",
+    "greedy",
 )  # fmt: skip
 SAMPLER_NAMES = ("auto", "tpe", "nsga2", "nsga3", "gp", "cmaes", "qmc", "random")
 SPLITS = ("calibration", "validation", "test")

@@ -22,7 +22,7 @@ HOMES = {
     "optuna": ["rankopt.study", "rankopt.ledger", "rankopt.sampling"],
     "tensorly": ["rankopt.decompositions."],
     "thop": ["rankopt.cost", "rankopt.testing"],
-    "scipy": ["rankopt.allocate", "rankopt.latency_fit", "rankopt.latency_table"],
+    "scipy": ["rankopt.allocate", "rankopt.latency_fit", "rankopt.latency_table", "rankopt.evbmf"],
     "pytest": ["rankopt.testing", "rankopt.target_contract"],
     "hypothesis": ["rankopt.testing"],
     "ray": ["rankopt.targets.ray_node"],

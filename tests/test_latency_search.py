@@ -20,7 +20,6 @@ from test_space import seeds
 from torch import Tensor, nn
 
 import rankopt
-from rankopt import study as study_loop
 from rankopt.batches import as_batches
 from rankopt.cli import main
 from rankopt.errors import ConditionsError, InfeasibleError, InputError, LimitError, StudyMismatchError
@@ -34,6 +33,7 @@ from rankopt.space import SearchSpace
 from rankopt.surgery import structure
 from rankopt.tables import front_row
 from rankopt.targets.target import Subject
+from rankopt.worth import worth as worthwhile
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 SPACE: dict[str, Any] = {"methods": ["svd", "spatial_svd"], "keep": {"levels": 6}}
@@ -581,7 +581,7 @@ def test_what_is_worth_measuring(
     objectives: list[str], limits: list[str], known: dict[str, float], others: list[Entry], worth: bool
 ) -> None:
     mine = {"kl": 1.0, "macs": 5.0, **known}
-    assert study_loop._worth(mine, others, objectives, [parse_limit(t) for t in limits], {"macs": 10.0}) == worth
+    assert worthwhile(mine, others, objectives, [parse_limit(t) for t in limits], {"macs": 10.0}) == worth
 
 
 def made_up_space(bound: float) -> SearchSpace:

@@ -167,5 +167,5 @@ def test_a_missing_package_is_named() -> None:
 
 
 def test_an_unknown_sampler_is_named() -> None:
-    with pytest.raises(InputError, match="sampler: must be auto, tpe, .*, got 'annealing'"):
+    with pytest.raises(InputError, match=r"sampler: must be auto, tpe, .*, got 'annealing'"):
         Sampling("annealing", RANGES, 2, 60, 0)

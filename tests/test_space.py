@@ -202,10 +202,8 @@ def test_near_a_plan_no_more_layers_move_and_none_further_than_asked(data: st.Da
         loss = losses[GROUPS.index(g)]
         here, there = g.choices.index(centre[g.name]), g.choices.index(plan[g.name])
         low, high = sorted((g.macs[here], g.macs[there]))
-        better = [
-            n for n in range(len(g.choices))
-            if low < g.macs[n] < high and not any(g.macs[m] <= g.macs[n] and loss[m] < loss[n] for m in range(len(loss)))
-        ]  # fmt: skip
+        between = [n for n in range(len(g.choices)) if low < g.macs[n] < high]
+        better = [n for n in between if not (loss[g.macs <= g.macs[n]] < loss[n]).any()]
         assert len(better) < levels + 1
     if plan.digest != centre.digest:
         assert cost(plan, "macs") <= budget * totals()["macs"] * (1 + 1e-12)

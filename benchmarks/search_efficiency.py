@@ -1,0 +1,475 @@
+"""What the ways to choose plans are worth, on ResNet-20 and ResNet-56 with CIFAR-10.
+
+::
+
+    python benchmarks/search_efficiency.py plain --network resnet20 --seeds 5     # the samplers alone, 500 trials
+    python benchmarks/search_efficiency.py moves --network resnet20 --seeds 5     # every strategy, 200 trials
+    python benchmarks/search_efficiency.py accuracy --network resnet20            # test accuracy under limits on MACs
+    python benchmarks/search_efficiency.py trial                                  # a trial against the naive loop
+    python benchmarks/search_efficiency.py scale                                  # 100 layers of 40 candidates
+    python benchmarks/search_efficiency.py tables --record                        # the record, from all runs so far
+
+Every run is kept as a line of studies/records/search_runs.jsonl and not done again, so that the whole (many hours) can
+be made in parts. All strategies choose from the same 450 (ResNet-56: 1,350) candidates, three methods at eight shares
+of every layer's MACs, and every plan is refitted and judged in the same way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machine import commit, described, write_record
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "studies")]
+
+from rankopt import ledger, study
+from rankopt.batches import Batch
+from rankopt.evaluate import Evaluation
+from rankopt.limits import parse_limit
+from rankopt.refit import RefitOptions
+from rankopt.running import setting_of
+from rankopt.search import Search
+
+RUNS = ROOT / "studies" / "records" / "search_runs.jsonl"
+RECORD = ROOT / "studies" / "records" / "search_efficiency.md"
+SPACE = {
+    "methods": ["svd", "spatial_svd", "tucker2"],
+    "keep": {"min": 0.1, "max": 0.9, "levels": 8},
+    "rules": [{"match": ["conv1", "linear"], "dense": True}],
+}
+SAMPLERS = ("tpe", "nsga2", "random")
+MOVES = ("solved", "mixed", "correct", "fit", "local", "relinearize", "free")
+BASELINES = ("uniform", "energy", "vbmf", "greedy", "solved", "plain")
+IDEAL = 3.0  # the hypervolume of a plan that costs and loses nothing: 3 nats times all MACs
+_KEPT_AT = (12, 25, 50, 100, 150, 200, 300, 400, 500)
+
+
+def prepared(network: str, validation: int = 500, refit: int | None = 256, **options: Any) -> tuple[Search, float]:
+    """A search over the common candidates, and the seconds that its preparation took."""
+    import cifar10
+
+    data = cifar10.data(calibration=1024, validation=validation)
+    (images, _), (judged, labels) = (data[key]() for key in ("calibration", "validation"))
+    search = Search(
+        getattr(cifar10, network)().eval(),
+        images[:1],
+        calibration=[Batch((part,)) for part in images.split(128)],
+        validation=[Batch((x,), {}, y) for x, y in zip(judged.split(125), labels.split(125), strict=True)],
+        objectives=["kl", "macs"],
+        limits=options.pop("limits", ()),
+        space=options.pop("space", SPACE),
+        refit=None if refit is None else RefitOptions(),
+        refit_samples=refit,
+        **options,
+    )
+    start = time.perf_counter()
+    search.space  # noqa: B018  (calibrates and factorizes)
+    search.evaluator  # noqa: B018
+    return search, time.perf_counter() - start
+
+
+class Runs:
+    """What was run before, and what is run now, line by line."""
+
+    def __init__(self, path: Path = RUNS) -> None:
+        self.path = path
+        text = path.read_text().splitlines() if path.is_file() else []
+        self.lines: list[dict[str, Any]] = [json.loads(line) for line in text]
+
+    def find(self, **wanted: Any) -> list[dict[str, Any]]:
+        """Lines with these values."""
+        return [line for line in self.lines if all(line.get(k) == v for k, v in wanted.items())]
+
+    def add(self, **line: Any) -> None:
+        """Keep one."""
+        line |= {"commit": commit(), "machine": described(torch.get_num_threads())}
+        self.lines.append(line)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def searched(search: Search, strategy: str, sampler: str, seed: int, trials: int, seeds: int = 12) -> dict[str, Any]:
+    """One study in memory: hypervolume and seconds after so many trials, and where it first passed each level."""
+    search.strategy, search.sampler, search.seed, search.trials, search.seeds = strategy, sampler, seed, trials, seeds
+    storage = ledger.open_storage(None)
+    opened = ledger.open_study(storage, "s", search.objectives, {}, search.evaluator.dense, search.limits)
+    course: list[tuple[int, float, float]] = []
+    study.run(
+        opened,
+        setting_of(search),
+        search.evaluator,
+        lambda p: course.append((p.done, p.seconds, p.hypervolume or 0.0)),
+        by=strategy,
+    )
+    result = ledger.result_of(opened, search.limits)
+    plans = [e.plan.digest for e in result.entries]
+    kept = [list(c) for c in course if c[0] in _KEPT_AT or c[0] <= 30]
+    return {"course": kept, "plans": len(plans), "digest": hash_of(plans)}
+
+
+def hash_of(plans: Sequence[str]) -> str:
+    """A short name for a sequence of plans."""
+    import hashlib
+
+    return hashlib.sha256(" ".join(plans).encode()).hexdigest()[:12]
+
+
+def course(
+    part: str, network: str, ways: Sequence[tuple[str, str]], seeds: int, trials: int, runs: Runs, first: int
+) -> None:
+    """All runs of one kind that were not done yet."""
+    todo = [
+        (s, a, n) for n in range(first, first + seeds) for s, a in ways
+        if not runs.find(part=part, network=network, strategy=s, sampler=a, seed=n, trials=trials)
+    ]  # fmt: skip
+    if not todo:
+        return
+    search, seconds = prepared(network)
+    for strategy, sampler, seed in todo:
+        found = searched(search, strategy, sampler, seed, trials)
+        runs.add(
+            part=part, network=network, strategy=strategy, sampler=sampler, seed=seed, trials=trials,
+            prepared=seconds, **found,
+        )  # fmt: skip
+        done, took, volume = found["course"][-1]
+        print(f"{network} {strategy} {sampler} seed {seed}: {volume:.4f} after {done} in {took:.0f} s", flush=True)
+
+
+def accuracy(network: str, limits: Sequence[float], trials: int, seed: int, runs: Runs) -> None:
+    """Test accuracy of the best plan within a limit on MACs, by every strategy, with and without refit."""
+    import cifar10
+
+    test = [Batch((x,), {}, y) for x, y in zip(*(t.split(500) for t in cifar10.images("test")), strict=True)]
+    for refit in (True, False):
+        ways = [*BASELINES, "mixed"]
+        if refit:
+            ways.append("mixed, all methods")
+        todo = [
+            (limit, way) for limit in limits for way in ways
+            if not runs.find(part="accuracy", network=network, strategy=way, refit=refit, limit=limit, seed=seed)
+        ]  # fmt: skip
+        memo: dict[str, Evaluation] = {}
+        for space in (SPACE, "resnet"):
+            own = [(li, way) for li, way in todo if (space == "resnet") == way.endswith("all methods")]
+            if not own:
+                continue
+            search, seconds = prepared(network, 1000, 1024 if refit else None, space=space, metric="accuracy")
+            for limit, way in own:
+                search.limits = [parse_limit(f"macs<={limit:g}%")]
+                search.strategy, search.sampler, search.seed = way.partition(",")[0], "auto", seed
+                search.seeds, search.trials = None, {"greedy": 180, "plain": 120}.get(way, trials)
+                vars(search).pop("space", None)
+                remembering = Remembering(search, memo if space == SPACE else {})
+                start = time.perf_counter()
+                storage = ledger.open_storage(None)
+                opened = ledger.open_study(storage, "s", search.objectives, {}, search.evaluator.dense, search.limits)
+                study.run(opened, setting_of(search), remembering, by=search.strategy)
+                entry = ledger.result_of(opened, search.limits).best()
+                built = search.build(entry.plan)
+                runs.add(
+                    part="accuracy", network=network, strategy=way, refit=refit, limit=limit, seed=seed,
+                    trials=search.trials, measured=remembering.measured, seconds=time.perf_counter() - start,
+                    prepared=seconds, kl=entry.measurements["kl"], macs_kept=entry.measurements["macs_kept"],
+                    accuracy=search.evaluator.quality(built, test)["accuracy"],
+                    dense=search.evaluator.quality(search.model, test)["accuracy"],
+                )  # fmt: skip
+                last = runs.lines[-1]
+                print(
+                    f"{network} {limit:g} % {way} refit {refit}: {last['accuracy']:.2f} ({last['macs_kept']:.3f})",
+                    flush=True,
+                )
+
+
+class Remembering:
+    """An evaluator that measures no plan twice, for strategies that share the plans they begin with."""
+
+    def __init__(self, search: Search, memo: dict[str, Evaluation]) -> None:
+        self.search, self.memo, self.measured = search, memo, 0
+
+    def __call__(self, plan: Any, limits: Sequence[Any], *rest: Any) -> Evaluation:
+        """Measure, or recall."""
+        if plan.digest not in self.memo or self.memo[plan.digest].stopped:
+            self.memo[plan.digest] = self.search.evaluator(plan, limits, *rest)
+            self.measured += 1
+        return self.memo[plan.digest]
+
+
+def naive(search: Search, plan: Any) -> float:
+    """Seconds of a trial as it is usually written: TensorLy from scratch, a deep copy, thop, the same images."""
+    import tensorly
+    from tensorly.decomposition import partial_tucker
+    from thop import profile
+    from torch import nn
+
+    tensorly.set_backend("pytorch")
+    start = time.perf_counter()
+    model = copy.deepcopy(search.model)
+    for name, choice in plan.changed().items():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        old = model.get_submodule(name)
+        rank = max(1, choice.ranks.get("rank_out", choice.ranks.get("rank", 1)))
+        ranks = [min(rank, old.out_channels), min(choice.ranks.get("rank_in", rank), old.in_channels)]
+        (core, (last, first)), _ = partial_tucker(old.weight.data, rank=ranks, modes=[0, 1], init="svd")
+        chain = nn.Sequential(
+            nn.Conv2d(old.in_channels, ranks[1], 1, bias=False),
+            nn.Conv2d(ranks[1], ranks[0], old.kernel_size, old.stride, old.padding, bias=False),
+            nn.Conv2d(ranks[0], old.out_channels, 1, bias=False),
+        )
+        for module, weight in zip(chain, (first.T[..., None, None], core, last[..., None, None]), strict=True):
+            module.weight.data.copy_(weight)
+        setattr(parent, name.rpartition(".")[2], chain)
+    profile(copy.deepcopy(model), (search.example,), verbose=False)
+    model.eval()
+    with torch.no_grad():
+        for batch in search.validation:
+            dense = search.model(*batch.args).log_softmax(-1)
+            (dense.exp() * (dense - model(*batch.args).log_softmax(-1))).sum(-1).mean()
+    return time.perf_counter() - start
+
+
+def trial(runs: Runs, network: str) -> None:
+    """A trial of ours, refit included, beside the naive loop, on the same plans by turns."""
+    search, _ = prepared(network, 1000, 256)
+    plans = [search.space.solve(search.space.losses, b) for b in np.linspace(0.8, 0.2, 9)]
+    search.evaluator(plans[0])
+    ratios, ours, theirs = [], [], []
+    for plan in plans:
+        start = time.perf_counter()
+        search.evaluator(plan)
+        ours.append(time.perf_counter() - start)
+        theirs.append(naive(search, plan))
+        ratios.append(theirs[-1] / ours[-1])
+    runs.add(part="trial", network=network, ours=float(np.median(ours)), naive=float(np.median(theirs)),
+             ratio=float(np.median(ratios)), fast=str(search.evaluator.fast))  # fmt: skip
+    print(json.dumps(runs.lines[-1]))
+
+
+def scale(runs: Runs) -> None:
+    """The integer program, asking and telling, and opening, for 100 layers of 40 candidates."""
+    import tempfile
+
+    sys.path.append(str(ROOT / "tests"))
+    from test_space import group
+
+    from rankopt.space import SearchSpace
+    from rankopt.strategies.strategy import Setting
+
+    groups = [group(f"l{n}", n, 16, levels=20, with_dense=n % 2 == 0) for n in range(100)]
+    totals = {q: sum(float(getattr(la, q)) for g in groups for la in g.layers) for q in ("macs", "params")}
+    space = SearchSpace(groups, {"macs": 0.0, "params": 0.0}, totals, {})
+    start = time.perf_counter()
+    budgets = np.linspace(space.highest, space.lowest, 32)
+    plans = [space.solve(space.losses, float(b)) for b in budgets]
+    front = time.perf_counter() - start
+    dense = {**totals, "kl": 0.0}
+
+    def measure(plan: Any, limits: Sequence[Any], *rest: Any) -> Evaluation:
+        macs = space.cost(plan)
+        return Evaluation({"kl": space.predicted(plan), "macs": macs, "macs_kept": macs / totals["macs"]}, {}, None, {})
+
+    out: dict[str, Any] = {"integer_program_32_budgets_s": front, "plans": len({p.digest for p in plans})}
+    with tempfile.TemporaryDirectory() as folder:
+        for where, url in (("memory", None), ("sqlite", f"{folder}/s.db")):
+            opened = ledger.open_study(ledger.open_storage(url), "s", ("kl", "macs"), {}, dense, [])
+            times: list[float] = []
+            setting = Setting(space, ("kl", "macs"), [], dense, 1050, 0)
+            loop = study.Loop(opened, setting, "mixed")
+            while loop.done < 1050:
+                start = time.perf_counter()
+                asked = loop.ask()
+                middle = time.perf_counter()
+                assert asked is not None
+                found = loop.outcome(asked, measure)
+                evaluated = time.perf_counter()
+                loop.tell(asked, found)
+                times.append(middle - start + time.perf_counter() - evaluated)
+            out[f"ask_tell_{where}_ms_at_1000"] = 1000 * float(np.median(times[950:]))
+        url = f"{folder}/large.db"
+        storage = ledger.open_storage(url)
+        opened = ledger.open_study(storage, "s", ("kl", "macs"), {}, dense, [])
+        digits = np.random.default_rng(0)
+        from optuna.trial import create_trial
+
+        for n in range(10_000):
+            plan = plans[n % len(plans)]
+            found = measure(plan, [])
+            found.measurements["kl"] *= float(digits.uniform(0.5, 2))
+            attributes = {"plan": plan.to_dict(), "measurements": found.measurements, "violations": {}, "notes": {}}
+            opened.add_trial(
+                create_trial(values=[found.measurements["kl"], found.measurements["macs"]], user_attrs=attributes)
+            )
+        start = time.perf_counter()
+        result = ledger.read_result(f"sqlite:///{url}", "s")
+        out["open_10000_trials_s"] = time.perf_counter() - start
+        assert result.front
+    runs.add(part="scale", **out)
+    print(json.dumps(out))
+
+
+def tables(runs: Runs) -> Iterator[str]:
+    """The record."""
+    for network in ("resnet20", "resnet56"):
+        yield from _plain_table(runs, network)
+        yield from _moves_table(runs, network)
+        yield from _accuracy_table(runs, network)
+    for line in runs.find(part="trial")[-1:]:
+        yield from (
+            "", "## A trial against the naive loop", "",
+            f"{line['network']}, 1,000 images, medians over 9 plans by turns: ours (refitted) {line['ours']:.2f} s"
+            f" ({line['fast']}), naive (TensorLy's partial_tucker, deep copies, thop; no refit) {line['naive']:.2f} s;"
+            f" median ratio **{line['ratio']:.1f}**. {line['machine']}",
+        )  # fmt: skip
+    for line in runs.find(part="scale")[-1:]:
+        yield from ("", "## Scale: 100 layers of 40 candidates", "", "| | |", "|---|---|")
+        names = {
+            "integer_program_32_budgets_s": "the integer program at 32 budgets, s",
+            "ask_tell_memory_ms_at_1000": "ask + tell at trial 1,000, study in memory, ms",
+            "ask_tell_sqlite_ms_at_1000": "the same in SQLite, ms",
+            "open_10000_trials_s": "opening a study with 10,000 trials, s",
+        }
+        yield from (f"| {text} | {line[key]:.3g} |" for key, text in names.items())
+
+
+def _plain_table(runs: Runs, network: str) -> Iterator[str]:
+    found = runs.find(part="plain", network=network)
+    if not found:
+        return
+    ours = [*found, *runs.find(part="moves", network=network)]
+    best: dict[str, list[float]] = {}
+    for line in found:
+        best.setdefault(line["sampler"], []).append(line["course"][-1][2])
+    medians = {sampler: float(np.median(v)) for sampler, v in best.items()}
+    sampler = max(medians, key=lambda s: medians[s])
+    target, whole = medians[sampler], [r["course"][-1][1] for r in found if r["sampler"] == sampler]
+    yield from ("", f"## {network}: Optuna's samplers over the layers, and what reaches the same", "")
+    said = ", ".join(
+        f"{s} {m:.3f} ({min(best[s]):.3f} to {max(best[s]):.3f}, {len(best[s])} seeds)" for s, m in medians.items()
+    )
+    yield f"Hypervolume after 500 trials: {said}. The best is {sampler}, {target:.3f}, in {np.median(whole):.0f} s."
+    yield from (
+        "",
+        "| strategy | trials to reach it | seconds, preparation included | times less than the sampler |",
+        "|---|---|---|---|",
+    )
+    for strategy in MOVES:
+        reach = [_reached(r, target) for r in ours if r["strategy"] == strategy]
+        good = [r for r in reach if r is not None]
+        if not reach:
+            continue
+        if len(good) < len(reach):
+            yield f"| {strategy} | not reached by {len(reach) - len(good)} of {len(reach)} seeds | | |"
+            continue
+        trials, seconds = np.array(good).T
+        factor = np.median(whole) / np.median(seconds)
+        yield f"| {strategy} | {_range(trials, 0)} | {_range(seconds, 0)} | {factor:.1f} |"
+
+
+def _moves_table(runs: Runs, network: str) -> Iterator[str]:
+    found = runs.find(part="moves", network=network)
+    solved = [_at(r, 12) for r in found if r["strategy"] == "solved"]
+    if not solved:
+        return
+    start = float(np.median(solved))
+    yield from ("", f"## {network}: hypervolume of the ways to move", "")
+    yield (
+        f"Twelve solved plans alone: {start:.4f}; the ideal is {IDEAL:g}. Closed is the share of the gap between them"
+        " that is gone after 200 trials. Median (least to most) over the seeds."
+    )
+    yield from (
+        "",
+        "| strategy | seeds | 50 trials | 100 | 200 | closed | seconds a trial |",
+        "|---|---|---|---|---|---|---|",
+    )
+    for strategy in MOVES:
+        own = [r for r in found if r["strategy"] == strategy]
+        if not own:
+            continue
+        cells = [_range(np.array([_at(r, n) for r in own]), 4) for n in (50, 100, 200)]
+        closed = np.array([100 * (_at(r, 200) - start) / (IDEAL - start) for r in own])
+        pace = np.array([r["course"][-1][1] / r["course"][-1][0] for r in own])
+        yield f"| {strategy} | {len(own)} | {' | '.join(cells)} | {_range(closed, 1)} % | {np.median(pace):.2f} |"
+
+
+def _accuracy_table(runs: Runs, network: str) -> Iterator[str]:
+    found = runs.find(part="accuracy", network=network)
+    if not found:
+        return
+    limits = sorted({r["limit"] for r in found}, reverse=True)
+    yield from ("", f"## {network}: test accuracy without any training", "")
+    dense = found[0]["dense"]
+    yield f"Dense {dense:.2f}. Change in points at MACs kept of at most …; plans chosen by kl on training images."
+    yield from (
+        "",
+        f"| strategy | refit | {' | '.join(f'{li:g} %' for li in limits)} |",
+        "|---|---|" + "---|" * len(limits),
+    )
+    for way in [*BASELINES, "mixed", "mixed, all methods"]:
+        for refit in (False, True):
+            own = {r["limit"]: r for r in found if r["strategy"] == way and r["refit"] == refit}
+            if own:
+                cells = [f"{own[li]['accuracy'] - own[li]['dense']:+.2f}" if li in own else "" for li in limits]
+                yield f"| {way} | {'yes' if refit else 'no'} | {' | '.join(cells)} |"
+
+
+def _reached(run: Mapping[str, Any], target: float) -> tuple[float, float] | None:
+    return next(((n, run["prepared"] + s) for n, s, volume in run["course"] if volume >= target), None)
+
+
+def _at(run: Mapping[str, Any], trials: int) -> float:
+    return float(next((v for n, _, v in reversed(run["course"]) if n <= trials), 0.0))
+
+
+def _range(values: np.ndarray, digits: int) -> str:
+    low, middle, high = np.min(values), np.median(values), np.max(values)
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "part", nargs="?", default="tables", choices=["plain", "moves", "accuracy", "trial", "scale", "tables"]
+    )
+    parser.add_argument("--network", default="resnet20", choices=["resnet20", "resnet56"])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--trials", type=int)
+    parser.add_argument("--only", nargs="+", help="strategies, or with plain samplers")
+    parser.add_argument("--limits", type=float, nargs="+", default=[50.0, 40.0, 30.0])
+    parser.add_argument("--record", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    runs = Runs()
+    parts: dict[str, Callable[[], None]] = {
+        "plain": lambda: course("plain", options.network, [("plain", s) for s in options.only or SAMPLERS],
+                                options.seeds, options.trials or 500, runs, options.first),
+        "moves": lambda: course("moves", options.network, [(s, "auto") for s in options.only or MOVES],
+                                options.seeds, options.trials or 200, runs, options.first),
+        "accuracy": lambda: accuracy(options.network, options.limits, options.trials or 40, options.first, runs),
+        "trial": lambda: trial(runs, options.network),
+        "scale": lambda: scale(runs),
+        "tables": lambda: None,
+    }  # fmt: skip
+    parts[options.part]()
+    if options.part == "tables":
+        head = [
+            "# How much search the strategies need",
+            "",
+            "Made by the parts of benchmarks/search_efficiency.py (its first lines name the commands), every run of",
+            "which is a line of [search_runs.jsonl](search_runs.jsonl) with its commit and machine. CIFAR-10; kl on 500 of",
+            "the training images, refit on 256; hypervolume below 3 nats and all MACs.",
+        ]
+        write_record([*head, *tables(runs)], RECORD if options.record else None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What measurements are worth: to the sampler, to the front, and whether a plan is worth measuring on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from rankopt.limits import Limit, measured_key
+from rankopt.pareto import hypervolume
+from rankopt.result import MAXIMIZED, Entry, Result, minimized
+
+_DOUBT = 0.05  # how far a predicted latency may be off when it is asked whether a plan is worth measuring
+_WORST_KL = 3.0  # nats
+
+
+def told_values(values: Mapping[str, float | None], objectives: Sequence[str]) -> list[float | None]:
+    """The objectives' values for the sampler; a latency that was not worth measuring as predicted."""
+    keys = [measured_key(o) for o in objectives]
+    return [values.get(key, values.get(_predicted(key))) for key in keys]
+
+
+def _predicted(key: str) -> str:
+    return key.replace("_ms", "_predicted_ms") if key.startswith("latency") else key
+
+
+def worth(
+    known: Mapping[str, float],
+    entries: Sequence[Entry],
+    objectives: Sequence[str],
+    limits: Sequence[Limit],
+    dense: Mapping[str, float],
+) -> bool:
+    """Whether no measured plan is better in everything, even where the predicted latency is too high by `_DOUBT`.
+
+    Everything is the objectives and what limits are on. Plans that break a limit which this one is known to keep are no
+    rivals, and what can't be predicted (memory) has to be measured.
+    """
+    open_limits = [li for li in limits if li.key not in known]
+    keys = list(dict.fromkeys([*map(measured_key, objectives), *(li.key for li in open_limits)]))
+    hoped = dict(known)
+    for key in keys:
+        if key not in hoped and _predicted(key) in known:
+            hoped[key] = known[_predicted(key)] * (1 - _DOUBT)
+    if any(key not in hoped for key in keys):
+        return True
+    mine = np.array(minimized(hoped, keys))
+    closed = [li for li in limits if li.key in known]
+    for entry in entries:
+        values = {k: v for k, v in entry.measurements.items() if v is not None}
+        other = np.array(minimized(values, keys))
+        if (other <= mine).all() and (other < mine).any() and all(li.violation(values, dense) <= 0 for li in closed):
+            return False
+    return True
+
+
+def volume(result: Result) -> float:
+    """Hypervolume of the front: kl from 3 nats down, costs as shares of dense from 1 down, accuracy from 0 up."""
+    scale = np.array(
+        [1.0 if o in ("kl", *MAXIMIZED) else result.dense.get(measured_key(o), 1.0) for o in result.objectives]
+    )
+    reference = [_WORST_KL if o == "kl" else 0.0 if o in MAXIMIZED else 1.0 for o in result.objectives]
+    points = [np.array(minimized(e.measurements, result.objectives)) / scale for e in result.front]
+    return hypervolume(points, reference) if points else 0.0

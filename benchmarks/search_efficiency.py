@@ -465,8 +465,8 @@ def main() -> None:
             "# How much search the strategies need",
             "",
             "Made by the parts of benchmarks/search_efficiency.py (its first lines name the commands), every run of",
-            "which is a line of [search_runs.jsonl](search_runs.jsonl) with its commit and machine. CIFAR-10; kl on 500",
-            "of the training images, refit on 256; hypervolume below 3 nats and all MACs.",
+            "which is a line of [search_runs.jsonl](search_runs.jsonl) with its commit and machine. CIFAR-10; kl on",
+            "500 of the training images, refit on 256; hypervolume below 3 nats and all MACs.",
         ]
         write_record([*head, *tables(runs)], RECORD if options.record else None)
 

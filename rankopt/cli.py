@@ -115,6 +115,8 @@ def search(
         Path | None, typer.Option(metavar="DIR", help="Write the best model within the limits here.")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, metavar="S", help="Replaces the seed of the study.")] = None,
+    strategy: Annotated[str | None, typer.Option(metavar="NAME", help="How plans are chosen.")] = None,
+    sampler: Annotated[str | None, typer.Option(metavar="NAME", help="Optuna's sampler.")] = None,
     force: Force = False,
     target: Targets = None,
     as_json: Json = False,
@@ -126,12 +128,14 @@ def search(
     rankopt search studies/digits.yaml --limit 'macs<=40%' --limit 'params<=60%' --trials 100
     rankopt search studies/digits.yaml --out compressed --json
     rankopt search studies/digits.yaml --target onnxruntime --limit 'latency<=0.6x'
+    rankopt search studies/digits.yaml --strategy correct --sampler nsga2
     """
     from rankopt.progress import shown
     from rankopt.study_file import load_study
     from rankopt.tables import front_row, front_table
 
     file, limits, targets = load_study(study), _limits(limit), _targets(target)
+    file = file.choosing(strategy, sampler)
     if out is not None:
         check_free(out, force)
     from rankopt.search import Search  # last: what can be refused at once needs no torch

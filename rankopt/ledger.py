@@ -145,7 +145,7 @@ def layer_parameters(space: SearchSpace, plan: Plan) -> tuple[dict[str, Any], di
         return {}, {}
     found: dict[str, BaseDistribution] = {}
     for name, given in space.layer_parameters().items():
-        found[name] = CategoricalDistribution(given) if isinstance(given[0], str) else FloatDistribution(*given)  # type: ignore[arg-type]
+        found[name] = CategoricalDistribution(given) if isinstance(given[0], str) else FloatDistribution(*given)
     return dict(numbers), found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,7 +134,19 @@ class Result:
             extreme = (max(values) if li.op == ">=" else min(values)) if values else None
             texts.append(f"{li} ({self._reached(li, extreme)})")
         plans = sum(e.trial >= 0 for e in known)
-        return f"none of {plans} measured plans keeps all limits: {', '.join(texts)}; allow more, or run more trials"
+        return (
+            f"none of {plans} measured plans keeps all limits: {', '.join(texts)}{self._closest(known, limits)};"
+            " allow more, or run more trials"
+        )
+
+    def _closest(self, known: Sequence[Entry], limits: Sequence[Limit]) -> str:
+        """The plan that breaks its worst limit by the least."""
+        beyond = [(max(li.violation(_values(e), self.dense) for li in limits), e) for e in known if e.trial >= 0]
+        beyond = [(by, e) for by, e in beyond if math.isfinite(by)]
+        if not beyond:
+            return ""
+        by, entry = min(beyond, key=lambda pair: (pair[0], pair[1].trial))
+        return f"; the closest is trial {entry.trial}, {by:.1%} beyond the worst of them"
 
     def _reached(self, limit: Limit, extreme: float | None) -> str:
         if extreme is None:

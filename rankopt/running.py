@@ -12,6 +12,7 @@ from rankopt import ledger, study
 from rankopt.batches import digest
 from rankopt.errors import InputError
 from rankopt.evbmf import estimated_share
+from rankopt.precision import EXACT
 from rankopt.problem import learn
 from rankopt.result import Entry, Result
 from rankopt.sensitivity import Sensitivities, SensitivityOptions
@@ -49,8 +50,9 @@ def run(search: Search) -> Result:
         inherited=inherited,
         by=search.strategy,
     )
-    if devices:
+    if devices or search.evaluator.fast != EXACT:
         study.confirm_best(opened, search.limits, lambda entry: _again(search, entry))
+    if devices:
         ledger.say(opened, devices.report())
     return ledger.with_owner(ledger.result_of(opened, search.limits), search)
 
@@ -102,7 +104,8 @@ def _measure_together(search: Search, inherited: Sequence[ledger.Judged], known:
 
 
 def _again(search: Search, entry: Entry) -> dict[str, float]:
-    """Measure an entry again, as it is handed over, beside dense."""
-    search.tell(f"measuring trial {entry.trial} again beside dense")
+    """Measure an entry again, as it is handed over: quality in float32, and times beside dense."""
+    search.tell(f"measuring trial {entry.trial} again, as it is handed over")
     built = search.build(entry.plan, bn=bool(entry.notes.get("bn", 0)))
-    return search.devices.measured(entry.plan, built, search.limits)
+    values = search.evaluator.quality(built) if search.evaluator.fast != EXACT else {}
+    return values | search.devices.measured(entry.plan, built, search.limits)

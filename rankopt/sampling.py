@@ -76,7 +76,7 @@ class Sampling:
         if self.name == "cmaes" and importlib.util.find_spec("cmaes") is None:
             raise InputError("sampler cmaes: needs the package cmaes; pip install 'rankopt[cmaes]'")
         self.seed, self.single = seed, self.name in _SINGLE
-        self._directions = ["minimize"] * (1 if self.single else objectives)
+        self._directions = [optuna.study.StudyDirection.MINIMIZE] * (1 if self.single else objectives)
         self._distributions = {n: _distribution(r) for n, r in self.ranges.items()}
         self._told: list[Told] = []
         self._asked: optuna.Trial | None = None
@@ -209,7 +209,7 @@ def _is_choice(given: Range) -> bool:
 
 
 def _distribution(given: Range) -> BaseDistribution:
-    return CategoricalDistribution(given) if _is_choice(given) else FloatDistribution(*given)  # type: ignore[arg-type]
+    return CategoricalDistribution(given) if _is_choice(given) else FloatDistribution(*given)
 
 
 def _inside(value: Number, given: Range) -> Number:

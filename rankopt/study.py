@@ -162,9 +162,9 @@ class Loop:
                 setting.limits,
                 lambda known: worth(known, entries, self.objectives, setting.limits, setting.dense),
             )
-            values = told_values(found.measurements, self.objectives)
-            if any(v is not None and not np.isfinite(v) for v in values):
-                raise RankoptError(f"measured {dict(zip(self.objectives, values, strict=True))}")
+            told = told_values(found.measurements, self.objectives)
+            if any(v is not None and not np.isfinite(v) for v in told):
+                raise RankoptError(f"measured {dict(zip(self.objectives, told, strict=True))}")
             return found
         except KeyboardInterrupt:
             asked.trial.set_user_attr(REASON, _INTERRUPTED)

@@ -206,6 +206,17 @@ class StudyFile(Strict):
         times = [o for o in costs if o.startswith("latency")]
         return [*quality, *(costs if times else ["latency"])]
 
+    def choosing(self, strategy: str | None, sampler: str | None) -> StudyFile:
+        """The same study with another strategy or sampler, where one is given; raises `StudyFileError` for no such."""
+        names = {"strategy": (strategy, STRATEGY_NAMES), "sampler": (sampler, SAMPLER_NAMES)}
+        for key, (value, known) in names.items():
+            if value is not None and value not in known:
+                raise StudyFileError(f"{key}: must be one of {', '.join(known)}, got {value!r}{closest(value, known)}")
+        given = {key: value for key, (value, _) in names.items() if value is not None}
+        changed = self.model_copy(update=given)
+        changed._path, changed._splits = self._path, self._splits
+        return changed
+
     def make_targets(self) -> list[Target]:
         """The targets that are named; raises `StudyFileError` that names the option that is wrong."""
         from rankopt.targets import make

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
@@ -66,7 +65,7 @@ class Uniform(OneRule):
 
     def choice(self, group: Group, method: str, number: float) -> int:
         """The dearest candidate of the method that keeps at most this share."""
-        return _dearest(group, method, lambda keeps, lost: keeps <= 1 - number)
+        return _dearest(group, method, 1 - number)
 
 
 class Energy(OneRule):
@@ -88,14 +87,13 @@ def _own(group: Group, method: str) -> tuple[list[int], Array]:
     return [n for n, choice in enumerate(group.choices) if choice.method == method], keeps
 
 
-def _dearest(group: Group, method: str, fits: Callable[[Array, Array], Array]) -> int:
+def _dearest(group: Group, method: str, share: float) -> int:
+    """The dearest candidate that keeps at most a share of the MACs; the cheapest where none keeps so little."""
     own, keeps = _own(group, method)
-    if DENSE in group.choices and bool(fits(np.ones(1), np.zeros(1))[0]):
+    if not own or (DENSE in group.choices and share >= 1):
         return _dense(group)
-    good = [n for n in own if fits(keeps[[n]], group.losses[[n]])[0]]
-    if good:
-        return max(good, key=lambda n: keeps[n])
-    return min(own, key=lambda n: keeps[n]) if own else _dense(group)
+    good = [n for n in own if keeps[n] <= share]
+    return max(good, key=lambda n: keeps[n]) if good else min(own, key=lambda n: keeps[n])
 
 
 def _dense(group: Group) -> int:

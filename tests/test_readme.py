@@ -21,7 +21,9 @@ from pydantic import BaseModel
 from rankopt.callables import load_callable
 from rankopt.decompositions import table
 from rankopt.limits import parse_limit
+from rankopt.sampling import SAMPLERS
 from rankopt.space_file import Keep, Space, load_space, names
+from rankopt.strategies import STRATEGIES
 from rankopt.study_file import StudyFile, load_study
 from rankopt.targets import names as target_names
 from rankopt.targets import target_class
@@ -206,3 +208,10 @@ def test_what_the_architecture_adds_keeps_the_contract(number: int, tmp_path: Pa
         capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_every_strategy_is_described() -> None:
+    named = set(re.findall(r"`(\w+)`", section("Strategies")))
+    assert set(STRATEGIES) <= named
+    keys = next(b for b in blocks(section("Study files"), "yaml"))
+    assert all(name in keys for name in SAMPLERS)

@@ -28,6 +28,7 @@ Array = NDArray[np.float64]
 _OFFSET, _POWER, _EXPONENT, _METHOD, _LAYER = 1.0, 0.3, 0.2, 0.5, 0.5
 _NOISE = 0.05  # of the logarithm of a measured loss, at least: what the model has no words for
 _STEPS = 30
+_EVERY = 50  # a new fit comes after a fiftieth more plans
 _GLOBAL = 3  # offset, power, exponent
 _REMEMBERED = 400  # plans that a fit looks at, the newest
 
@@ -72,9 +73,18 @@ class LossModel:
         self._at = self._prior.copy()
         self._half: Array | None = None  # of the posterior's covariance: draws are at + half · standard normal
         self.noise = _NOISE
+        self._fitted = 0  # how many plans the last fit was given
 
     def fit(self, plans: Sequence[Plan], losses: Sequence[float]) -> None:
-        """Fit to measured losses (in the unit of the prediction); plans without a loss above 0 say nothing."""
+        """Fit to measured losses (in the unit of the prediction); plans without a loss above 0 say nothing.
+
+        With many plans not every one is worth a new fit: then only those up to the last whole step count.
+        """
+        count = len(plans) - len(plans) % max(1, len(plans) // _EVERY)
+        if count == self._fitted:
+            return
+        self._fitted = count
+        plans, losses = plans[:count], losses[:count]
         pairs = [(p, v) for p, v in zip(plans, losses, strict=True) if v > 0 and p.changed()][-_REMEMBERED:]
         picked = [self._picks(plan) for plan, _ in pairs]
         rows = [(row, v) for row, (_, v) in zip(picked, pairs, strict=True) if row is not None]
@@ -143,8 +153,8 @@ class LossModel:
             logs[:, n], methods[:, n] = log[picks[:, n]], np.array(numbers)[picks[:, n]]
         return logs, methods
 
-    def _values(self, at: Array, logs: Array, methods: NDArray[np.intp]) -> tuple[Array, Array]:
-        """Logarithms of the modelled losses of these plans, and their slopes in the corrections."""
+    def _values(self, at: Array, logs: Array, methods: NDArray[np.intp], slopes: bool = True) -> tuple[Array, Array]:
+        """Logarithms of the modelled losses of these plans, and (if asked) their slopes in the corrections."""
         factors = np.append(at[_GLOBAL : _GLOBAL + len(self.methods)], 0.0)[methods]
         inside = np.where(np.isfinite(logs), at[2] * np.where(np.isfinite(logs), logs, 0.0), -np.inf)
         inside = inside + factors + at[_GLOBAL + len(self.methods) :]
@@ -152,19 +162,22 @@ class LossModel:
         weights = np.exp(inside - top)
         total = weights.sum(axis=1, keepdims=True)
         shares, summed = weights / total, (top + np.log(total))[:, 0]
-        slopes = np.empty((len(logs), len(at)))
-        slopes[:, 0], slopes[:, 1] = 1.0, summed
-        slopes[:, 2] = at[1] * (shares * np.where(np.isfinite(logs), logs, 0.0)).sum(axis=1)
+        values = at[0] + self._middle + at[1] * summed
+        if not slopes:
+            return values, np.zeros((0, 0))
+        found = np.empty((len(logs), len(at)))
+        found[:, 0], found[:, 1] = 1.0, summed
+        found[:, 2] = at[1] * (shares * np.where(np.isfinite(logs), logs, 0.0)).sum(axis=1)
         for n in range(len(self.methods)):
-            slopes[:, _GLOBAL + n] = at[1] * np.where(methods == n, shares, 0.0).sum(axis=1)
-        slopes[:, _GLOBAL + len(self.methods) :] = at[1] * shares
-        return at[0] + self._middle + at[1] * summed, slopes
+            found[:, _GLOBAL + n] = at[1] * np.where(methods == n, shares, 0.0).sum(axis=1)
+        found[:, _GLOBAL + len(self.methods) :] = at[1] * shares
+        return values, found
 
     def _solve(self, at: Array, logs: Array, methods: NDArray[np.intp], wanted: Array, noise: float) -> Array:
         """Damped Gauss-Newton from here to the most likely corrections."""
 
         def cost(point: Array) -> float:
-            left = wanted - self._values(point, logs, methods)[0]
+            left = wanted - self._values(point, logs, methods, slopes=False)[0]
             return float(left @ left / noise**2 + self._weight @ (point - self._prior) ** 2)
 
         damping, now = 1e-3, cost(at)

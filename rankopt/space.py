@@ -25,6 +25,7 @@ _EXACT = ("macs", "params")
 MARGIN = 0.01  # how far below a bound on a predicted cost a plan is asked for
 _BEYOND = 0.10  # how far above its bound a budget of a predicted cost may lie
 _DOUBT = 0.05  # how far above its bound a predicted cost may be, and the plan is measured all the same
+_GAP = 1e-3  # to the proven optimum; losses are predicted far less closely
 _MOVED = "layers moved"  # the cost of the integer program that counts them
 
 
@@ -184,7 +185,7 @@ class SearchSpace:
             return self._solve_near(losses, limits, near)
         choices = [self._choices(n, loss) for n, loss in enumerate(losses)]
         try:
-            allocation = allocate(choices, limits)
+            allocation = allocate(choices, limits, _GAP)
         except InfeasibleError:  # the budget is below what the other limits leave: the cheapest plan there is
             allocation = self._without_budget(choices)
         return self.plan(allocation.picks)
@@ -214,7 +215,7 @@ class SearchSpace:
             kept.append(here)
             choices.append(Choices(loss[here], costs))
         try:
-            allocation = allocate(choices, {**limits, _MOVED: float(near.layers)})
+            allocation = allocate(choices, {**limits, _MOVED: float(near.layers)}, _GAP)
         except InfeasibleError:
             return near.plan
         return self.plan([int(here[pick]) for here, pick in zip(kept, allocation.picks, strict=True)])

@@ -24,6 +24,7 @@ from rankopt.nest import mapped, tensors
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 _FASTER = 1.25  # how much faster bfloat16 has to be
+_PREFERRED = 0.85  # channels-last is taken unless it is this much slower: what is chosen should not hang on noise
 _OFF = 1e-3  # nats that the dense model may be off in it, at most
 _SAMPLES = 128
 
@@ -97,7 +98,7 @@ def chosen(wanted: str, model: nn.Module, batch: Batch, divergence: Divergence) 
             if not off <= _OFF:
                 continue
             seconds *= _FASTER
-        times[one] = seconds
+        times[one] = seconds * (_PREFERRED if one.channels_last else 1.0)
     return min(times, key=lambda p: times[p]) if times else allowed[0]
 
 

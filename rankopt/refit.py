@@ -31,11 +31,13 @@ class RefitOptions:
         max_rows: output positions a layer is fitted on, drawn at random.
         ridge: pull towards the weights as they are, as a share of the mean squared input of the last stage.
         seed: for the positions.
+        passes: how often all layers are gone through.
     """
 
     max_rows: int = 2**14
     ridge: float = 1e-3
     seed: int = 0
+    passes: int = 1
 
 
 class Refit:
@@ -97,7 +99,8 @@ class Refit:
             quick: run it as `fast` says, with weights in that memory format.
         """
         with (self.fast if quick else EXACT).on(self._device):
-            self._refit(compressed, replaced, self._fast_batches if quick else self.batches)
+            for _ in range(self.options.passes):
+                self._refit(compressed, replaced, self._fast_batches if quick else self.batches)
 
     def _refit(self, compressed: nn.Module, replaced: Mapping[str, nn.Sequential], batches: Sequence[Batch]) -> None:
         names = [name for name in self.order if name in replaced]

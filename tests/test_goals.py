@@ -49,7 +49,7 @@ def test_what_is_measured_can_be_striven_for(given: list[str]) -> None:
         (["kl", "latency@gpu"], None, ["torch", "pi"], "latency@pi, latency_p95@torch"),
         (["kl", "latency@gpu"], None, ["torch"], "got 'latency@gpu'"),
         (["accuracy", "latency"], None, ["torch"], "got 'accuracy'"),
-        (["latency"], None, ["torch"], "accuracy or kl is among them, got latency"),
+        (["latency"], None, ["torch"], "accuracy or kl is among them or has a limit, got latency"),
         (["kl", "latency", "latency"], None, ["torch"], "each stands once"),
         ("kl", None, ["torch"], "needs a list out of kl, "),
         (["kl", "memory@torch"], None, ["torch"], "got 'memory@torch'"),
@@ -87,3 +87,11 @@ def test_limits_that_can_not_be_checked(limit: str, metric: Any, labels: list[st
 def test_limits_that_can(limit: str) -> None:
     parsed = parse_limit(limit)
     assert checked_limit(parsed, None, ["torch", "pi"]) is parsed
+
+
+def test_quality_may_be_a_limit_alone() -> None:
+    """Minimize latency with accuracy kept."""
+    limit = [parse_limit("accuracy>=-0.5")]
+    assert checked_objectives(["latency"], "accuracy", ["torch"], limit) == ("latency",)
+    with pytest.raises(InputError, match="accuracy or kl is among them or has a limit"):
+        checked_objectives(["latency"], "accuracy", ["torch"], [parse_limit("macs<=50%")])

@@ -91,8 +91,10 @@ def test_the_front_is_not_dominated_and_best_is_on_it(found: rankopt.Result) -> 
 
 def test_building_again_reproduces_the_measurements(model: nn.Module, found: rankopt.Result) -> None:
     owner = found.best()._owner
-    for entry in found.front[:3]:
-        assert owner.measure(entry.build())["kl"] == pytest.approx(entry.measurements["kl"], rel=1e-6)
+    for entry in found.front[:3]:  # trials may have run in bfloat16, the winner was measured in float32
+        exact = entry.trial == found.best().trial or not owner.evaluator.fast.bfloat16
+        again = owner.measure(entry.build())["kl"]
+        assert again == pytest.approx(entry.measurements["kl"], rel=1e-5 if exact else 0.1)
     x = torch.cat([b.args[0] for b in owner.validation])
     with torch.no_grad():
         p, q = model(x).log_softmax(1), found.best().build()(x).log_softmax(1)

@@ -34,6 +34,7 @@ sys.path[:0] = [str(ROOT / "studies")]
 
 from rankopt import ledger, study
 from rankopt.batches import Batch
+from rankopt.errors import InfeasibleError
 from rankopt.evaluate import Evaluation
 from rankopt.limits import parse_limit
 from rankopt.refit import RefitOptions
@@ -178,12 +179,17 @@ def accuracy(network: str, limits: Sequence[float], trials: int, seed: int, runs
                 storage = ledger.open_storage(None)
                 opened = ledger.open_study(storage, "s", search.objectives, {}, search.evaluator.dense, search.limits)
                 study.run(opened, setting_of(search), remembering, by=search.strategy)
-                entry = ledger.result_of(opened, search.limits).best()
+                found = dict(part="accuracy", network=network, strategy=way, refit=refit, limit=limit, seed=seed,
+                             trials=search.trials, prepared=seconds)  # fmt: skip
+                try:
+                    entry = ledger.result_of(opened, search.limits).best()
+                except InfeasibleError:
+                    runs.add(**found, accuracy=None, dense=None)
+                    continue
                 built = search.build(entry.plan)
                 runs.add(
-                    part="accuracy", network=network, strategy=way, refit=refit, limit=limit, seed=seed,
-                    trials=search.trials, measured=remembering.measured, seconds=time.perf_counter() - start,
-                    prepared=seconds, kl=entry.measurements["kl"], macs_kept=entry.measurements["macs_kept"],
+                    **found, measured=remembering.measured, seconds=time.perf_counter() - start,
+                    kl=entry.measurements["kl"], macs_kept=entry.measurements["macs_kept"],
                     accuracy=search.evaluator.quality(built, test)["accuracy"],
                     dense=search.evaluator.quality(search.model, test)["accuracy"],
                 )  # fmt: skip
@@ -410,7 +416,7 @@ def _accuracy_table(runs: Runs, network: str) -> Iterator[str]:
         return
     limits = sorted({r["limit"] for r in found}, reverse=True)
     yield from ("", f"## {network}: test accuracy without any training", "")
-    dense = found[0]["dense"]
+    dense = next((r["dense"] for r in found if r["dense"]), 0.0)
     yield f"Dense {dense:.2f}. Change in points at MACs kept of at most …; plans chosen by kl on training images."
     yield from (
         "",
@@ -421,8 +427,12 @@ def _accuracy_table(runs: Runs, network: str) -> Iterator[str]:
         for refit in (False, True):
             own = {r["limit"]: r for r in found if r["strategy"] == way and r["refit"] == refit}
             if own:
-                cells = [f"{own[li]['accuracy'] - own[li]['dense']:+.2f}" if li in own else "" for li in limits]
+                cells = [_change(own[li]) if li in own else "" for li in limits]
                 yield f"| {way} | {'yes' if refit else 'no'} | {' | '.join(cells)} |"
+
+
+def _change(run: Mapping[str, Any]) -> str:
+    return "no plan" if run["accuracy"] is None else f"{run['accuracy'] - run['dense']:+.2f}"
 
 
 def _reached(run: Mapping[str, Any], target: float) -> tuple[float, float] | None:

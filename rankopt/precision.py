@@ -8,7 +8,6 @@ ends with is measured again in float32.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +22,6 @@ from rankopt.layers import inference
 from rankopt.nest import mapped, tensors
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-_FASTER = 1.25  # how much faster bfloat16 has to be
-_PREFERRED = 0.85  # channels-last is taken unless it is this much slower: what is chosen should not hang on noise
 _OFF = 1e-3  # nats that the dense model may be off in it, at most
 _SAMPLES = 128
 
@@ -67,13 +64,16 @@ def device_of(model: nn.Module) -> str:
 
 
 def chosen(wanted: str, model: nn.Module, batch: Batch, divergence: Divergence) -> Precision:
-    """The fastest way to run trials of a model, by timing it on a few samples.
+    """How trials of a model are run.
+
+    Decided by what the processor has and by what comes out, not by timing: the same seed has to give the same plans.
 
     Args:
-        wanted: auto; or float32 or bfloat16, where only the memory format is chosen.
+        wanted: float32, bfloat16, or auto: bfloat16 where the hardware multiplies it natively (AMX, or a GPU that
+            does), and the dense model comes out the same in it.
         model: the dense model.
         batch: samples of its data.
-        divergence: bfloat16 is refused by ``auto`` where the dense model itself comes out different.
+        divergence: how outputs are compared.
 
     Raises:
         InputError: `wanted` is no such word.
@@ -81,38 +81,31 @@ def chosen(wanted: str, model: nn.Module, batch: Batch, divergence: Divergence) 
     if wanted not in PRECISIONS:
         raise InputError(f"precision: must be one of {', '.join(PRECISIONS)}, got {wanted!r}")
     few = batch.take(slice(0, _SAMPLES))
-    images = _is_images(model, few)
-    plain = [Precision(b, last) for b in (False, True) for last in ((False, True) if images else (False,))]
-    allowed = [p for p in plain if wanted == "auto" or p.bfloat16 == (wanted == "bfloat16")]
-    if len(allowed) == 1:
-        return allowed[0]
-    exact, _ = _timed(EXACT, model, few)
-    times: dict[Precision, float] = {}
-    for one in allowed:
-        try:
-            output, seconds = _timed(one, model, few)
-        except Exception:  # an operation that has no such kernel
-            continue
-        if one.bfloat16 and wanted == "auto":
-            off = float(divergence.between(exact, output).mean())
-            if not off <= _OFF:
-                continue
-            seconds *= _FASTER
-        times[one] = seconds * (_PREFERRED if one.channels_last else 1.0)
-    return min(times, key=lambda p: times[p]) if times else allowed[0]
+    exact = Precision(False, _is_images(model, few))
+    quick = Precision(True, exact.channels_last)
+    if wanted != "auto":
+        return quick if wanted == "bfloat16" else exact
+    if not _native(device_of(model)):
+        return exact
+    try:
+        off = float(divergence.between(_output(EXACT, model, few), _output(quick, model, few)).mean())
+    except Exception:  # an operation that has no such kernel
+        return exact
+    return quick if off <= _OFF else exact
 
 
-def _timed(precision: Precision, model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
+def _native(device: str) -> bool:
+    """Whether bfloat16 products have units of their own."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+
+
+def _output(precision: Precision, model: nn.Module, batch: Batch) -> Tensor:
     copied = precision.module_(copy.deepcopy(model)) if precision.channels_last else model
     (given,) = precision.batches([batch])
-    best = float("inf")
     with inference(copied), precision.on(device_of(model)):
-        for _ in range(3):
-            start = time.perf_counter()
-            output = pick(copied(*given.args, **given.kwargs)).float()
-            float(output.sum())  # waits for a GPU
-            best = min(best, time.perf_counter() - start)
-    return output, best
+        return pick(copied(*given.args, **given.kwargs)).float()
 
 
 def _is_images(model: nn.Module, batch: Batch) -> bool:

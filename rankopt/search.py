@@ -67,8 +67,8 @@ class Search:
         refit: how trials are refitted (None: not).
         refit_samples: calibration samples used for it.
         bn: "auto", "on" or "off"; see `Evaluator`.
-        precision: how trials run models: float32, bfloat16, or auto, which is bfloat16 where that is faster and the
-            dense model comes out the same. What a study ends with is built and measured in float32.
+        precision: how trials run models: float32, bfloat16, or auto, which is bfloat16 where the hardware has units for
+            it and the dense model comes out the same. What a study ends with is built and measured in float32.
         output, class_dim: see `Divergence.of`.
         threads: torch threads while running (None: as they are).
         memory: bytes to work with besides the dense and a compressed model (None: a quarter of the weights, and at

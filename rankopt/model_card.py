@@ -50,8 +50,14 @@ def plain(measurements: Any, where: str = "measurements") -> Any:
     raise ArtifactError(f"{where}: needs numbers, texts, lists and mappings, got {type(measurements).__name__}")
 
 
-def model_card(name: str, plan: Plan, measurements: Any, record: Mapping[str, Any]) -> str:
-    """Markdown: the dense model beside the compressed one, the methods used, and how to load it."""
+def model_card(
+    name: str,
+    plan: Plan,
+    measurements: Any,
+    record: Mapping[str, Any],
+    exports: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
+    """Markdown: the dense model beside the compressed one, the methods used, how to load it, and the exports."""
     dense, small = (_section(measurements, key) for key in ("dense", "compressed"))
     keys = [key for key in {**dense, **small} if told(key, {**dense, **small})]
     rows = [f"| {key} | {_shown(dense.get(key))} | {_shown(small.get(key))} |" for key in keys]
@@ -74,8 +80,35 @@ def model_card(name: str, plan: Plan, measurements: Any, record: Mapping[str, An
             f'model = rankopt.load("{name}"{argument})  # in eval mode; nothing is decomposed again',
             "```",
             "",
+            *_exports(name, exports or {}),
         ]
     )
+
+
+def _exports(name: str, exports: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A table of the exported files, and how the program is loaded without the model's code."""
+    if not exports:
+        return []
+    rows = []
+    for kind, entry in exports.items():
+        macs, sizes = entry.get("macs"), "any" if entry.get("any_batch") else str(entry["batches"][0])
+        opset = f", opset {entry['opset']}" if entry.get("opset") else ""
+        rows.append(
+            f"| {kind}{opset} | {', '.join(entry['files'])} | {entry['bytes']:,} | {_shown(macs)} | {sizes} | "
+            f"{entry['difference']:.1e} (allowed {entry['tolerance']:.0e}), {entry['checked_with']} |"
+        )
+    lines = [
+        "Exports, in float32; the difference is the largest on fresh inputs, as a share of the largest output.",
+        "",
+        "| format | files | bytes | MACs | batch size | difference |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
+    if "pt2" in exports:
+        load = f'model = rankopt.load("{name}", standalone=True)  # needs none of the model\'s own code'
+        lines += ["```python", "import rankopt", "", load, "```", ""]
+    return lines
 
 
 def _section(measurements: Any, key: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`load_checkpoint`: a user's own weights into a model, from safetensors or from a file of torch.save; no code is run."""
+"""`load_checkpoint`: a user's own weights into a model, from safetensors or a file of torch.save; no code is run."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ def _of_torch(path: Path) -> dict[str, Tensor]:
         if refused or "weights_only" in text.lower() or "weights only" in text.lower():
             what = f" ({next(filter(None, refused.groups()))})" if refused else ""
             raise ArtifactError(
-                f"{path}: holds Python objects besides tensors{what}, which are not loaded because that could run code; "
-                "save the weights alone: torch.save(model.state_dict(), ...), or use safetensors"
+                f"{path}: holds Python objects besides tensors{what}, which are not loaded because that could run "
+                "code; save the weights alone: torch.save(model.state_dict(), ...), or use safetensors"
             ) from None
         raise ArtifactError(f"{path}: is no checkpoint of torch.save: {text[:160]}") from None
     for key in _WITHIN:
@@ -109,7 +109,9 @@ def _of_torch(path: Path) -> dict[str, Tensor]:
         raise ArtifactError(f"{path}: needs a mapping of names to tensors, got {type(found).__name__}")
     odd = next((key for key, value in found.items() if not isinstance(value, Tensor)), None)
     if odd is not None:
-        raise ArtifactError(f"{path}: {odd[:80]!r} is a {type(found[odd]).__name__}, not a tensor; save the state dict alone")
+        raise ArtifactError(
+            f"{path}: {odd[:80]!r} is a {type(found[odd]).__name__}, not a tensor; save the state dict alone"
+        )
     return dict(found)
 
 

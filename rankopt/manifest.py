@@ -103,7 +103,9 @@ class Manifest:
         with opened(path) as file:
             size = file.seek(0, 2)
         if size != self.files[name].bytes:
-            raise ArtifactError(f"{path}: is damaged or swapped: it has {size} bytes, saved were {self.files[name].bytes}")
+            raise ArtifactError(
+                f"{path}: is damaged or swapped: it has {size} bytes, saved were {self.files[name].bytes}"
+            )
         if size_and_digest(path)[1] != self.files[name].sha256:
             raise ArtifactError(f"{path}: is damaged or swapped: its SHA-256 is not the one that was recorded")
         return path

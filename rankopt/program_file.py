@@ -32,7 +32,10 @@ from rankopt.traced import quiet
 from rankopt.untrusted import opened, parse_json
 
 _MODEL, _SAMPLE = "models/model.json", "data/sample_inputs/model.pt"
-_CONFIGS = {"weights": "data/weights/model_weights_config.json", "constants": "data/constants/model_constants_config.json"}
+_CONFIGS = {
+    "weights": "data/weights/model_weights_config.json",
+    "constants": "data/constants/model_constants_config.json",
+}
 _PLAIN = {"archive_format": b"pt2", "archive_version": b"0", "byteorder": b"little", "version": None}
 _RECORD = re.compile(r"data/(?:weights/weight|constants/tensor)_[0-9]{1,8}", re.ASCII)
 _IGNORED = (".data/", ".format_version", ".storage_alignment")
@@ -44,14 +47,14 @@ _WORD = re.compile(r"[A-Za-z0-9_,.\-> ]{0,64}", re.ASCII)  # of an argument: a m
 _VERSION = re.compile(r"[0-9A-Za-z.+<=\-]{1,64}", re.ASCII)
 _SIZE = re.compile(r"(?:[A-Za-z_][A-Za-z_0-9]*|[0-9]{1,18}|[-+*/(),<>=&|~ ]|\*\*[ ]?[0-9])*", re.ASCII)
 _SYMBOL = re.compile(r"[a-z]{1,8}[0-9]{1,9}", re.ASCII)
-_FUNCTIONS = frozenset(
+_SIZE_WORDS = (
     "FloorDiv ModularIndexing Where PythonMod Mod CleanDiv CeilDiv CeilToInt FloorToInt IntTrueDiv FloatTrueDiv "
-    "TruncToInt RoundToInt ToFloat PowByNatural Identity Max Min Eq Ne Ge Gt Le Lt And Or Not True False".split()
+    "TruncToInt RoundToInt ToFloat PowByNatural Identity Max Min Eq Ne Ge Gt Le Lt And Or Not True False"
 )
-_ARITHMETIC = frozenset(
-    f"_operator.{name}"
-    for name in "add sub mul floordiv truediv mod neg eq ne lt le gt ge and_ or_ not_ pow getitem".split()
-) | frozenset(f"torch.{name}" for name in ("sym_max", "sym_min", "sym_not", "sym_float", "sym_int", "sym_ite"))
+_FUNCTIONS = frozenset(_SIZE_WORDS.split())
+_PYTHON = "add sub mul floordiv truediv mod neg eq ne lt le gt ge and_ or_ not_ pow getitem"
+_SYMBOLIC = "sym_max sym_min sym_not sym_float sym_int sym_ite"
+_ARITHMETIC = {f"_operator.{n}" for n in _PYTHON.split()} | {f"torch.{n}" for n in _SYMBOLIC.split()}
 _OPERATOR = re.compile(r"torch\.ops\.aten\.([a-z0-9_]+)\.([A-Za-z0-9_]+)", re.ASCII)
 _NEVER = frozenset({"from_file", "save", "load", "set_", "resize_", "_foobar"})
 _CONTAINERS = {None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"}
@@ -80,7 +83,9 @@ def load_program(path: Path) -> nn.Module:
         with quiet():
             return torch.export.load(archive).module()
     except Exception as error:
-        raise ArtifactError(f"{path}: is no program that this torch ({torch.__version__}) reads: {first_line(error)}") from None
+        raise ArtifactError(
+            f"{path}: is no program that this torch ({torch.__version__}) reads: {first_line(error)}"
+        ) from None
 
 
 def checked_archive(path: Path) -> io.BytesIO:
@@ -91,7 +96,14 @@ def checked_archive(path: Path) -> io.BytesIO:
             with zipfile.ZipFile(file) as given, zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as made:
                 for name, content in _parts(given, str(path)):
                     made.writestr(f"model/{name}", content)
-        except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+        except (
+            zipfile.BadZipFile,
+            zipfile.LargeZipFile,
+            EOFError,
+            NotImplementedError,
+            RuntimeError,
+            OSError,
+        ) as error:
             raise ArtifactError(f"{path}: is damaged: {first_line(error)}") from None
         except (ValueError, OverflowError, RecursionError) as error:
             if isinstance(error, ArtifactError):
@@ -216,9 +228,9 @@ def _walk(value: Any, key: str, path: str) -> None:
         for name, entry in value.items():
             if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _REFUSED:
                 raise ArtifactError(f"{path}: the program uses {name[:80]!r}, which no exported model needs")
-            if name == "as_device" or (name == "device" and entry is not None):
-                if _device(entry) != "cpu":
-                    raise ArtifactError(f"{path}: the program asks for a device other than the CPU")
+            named = name == "as_device" or (name == "device" and entry is not None)
+            if named and _device(entry) != "cpu":
+                raise ArtifactError(f"{path}: the program asks for a device other than the CPU")
             _walk(entry, name, path)
     elif isinstance(value, list):
         for entry in value:
@@ -251,7 +263,9 @@ def _check_operator(text: str, path: str) -> None:
     found = _OPERATOR.fullmatch(text)
     if found and found[1] not in _NEVER and torch._C._dispatch_has_kernel(f"aten::{_overload(*found.groups())}"):
         return
-    raise ArtifactError(f"{path}: the program calls {text[:80]!r}, which is not among PyTorch's own operators on tensors")
+    raise ArtifactError(
+        f"{path}: the program calls {text[:80]!r}, which is not among PyTorch's own operators on tensors"
+    )
 
 
 def _overload(name: str, overload: str) -> str:
@@ -278,6 +292,8 @@ def _check_tree(text: str, path: str) -> None:
         if version != 1 or not proper or node.get("type") not in _CONTAINERS or seen > 2**16:
             raise ArtifactError(f"{path}: the program takes or returns something else than tuples, lists and dicts")
         context = node.get("context")
-        if context is not None and (not isinstance(context, str) or not re.fullmatch(r'[A-Za-z0-9_., "\[\]]*', context)):
+        if context is not None and (
+            not isinstance(context, str) or not re.fullmatch(r'[A-Za-z0-9_., "\[\]]*', context)
+        ):
             raise ArtifactError(f"{path}: the program has the argument name {str(context)[:60]!r}, which is no name")
         waiting += node["children_spec"]

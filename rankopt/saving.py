@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 _DEVICE = ("latency", "peak_memory", "memory")  # how the names of what was measured on a target begin
 
 
-def saved(
-    search: Search, entry: Entry, directory: Path, force: bool, exports: Sequence[str] = ()
-) -> dict[str, Any]:
+def saved(search: Search, entry: Entry, directory: Path, force: bool, exports: Sequence[str] = ()) -> dict[str, Any]:
     """See `Search.save`. Latency and memory are as the study recorded them; no target is needed here."""
     check_formats(exports)
     built = search.build(entry.plan, bn=bool(entry.notes.get("bn", 0)))

@@ -31,7 +31,7 @@ def outputs(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)
 
 
-# every decomposition and kind of layer ---------------------------------------------------------------------------------
+# every decomposition and kind of layer ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_the_whole_matrix_of_geometries(name: str, method: str, tmp_path: Path) 
 
 
 def test_standalone_needs_nothing_of_the_users(tmp_path: Path) -> None:
-    directory = saved_net(tmp_path / "net")
+    saved_net(tmp_path / "net")
     _, small, _ = net()
     x = torch.randn(5, 3, 8, 8)
     torch.save((x, small(x)), tmp_path / "x.pt")
@@ -264,7 +264,7 @@ def test_a_fixed_batch_size_is_stated(tmp_path: Path) -> None:
     assert found["pt2"]["fixed_because"]
 
 
-# who is to blame --------------------------------------------------------------------------------------------------------
+# who is to blame ---------------------------------------------------------------------------------------------------
 
 
 class Choosy(nn.Module):

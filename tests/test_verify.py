@@ -144,7 +144,7 @@ def test_the_verb(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(saved), "--model", "saved_models:Net", "--study", "x.yaml"]) == 2
 
 
-# plans as files, and their differences ----------------------------------------------------------------------------------
+# plans as files, and their differences -------------------------------------------------------------------------------
 
 
 PLAN = Plan({"a": LayerChoice("svd", {"rank": 3}), "b": LayerChoice("dense")}, None, {"c": "shares its weight: b's"})

@@ -40,7 +40,7 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> nn.Module:
     path = Path(path)
     values = _tensors(path)
     expected = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    values = _renamed(values, expected)
+    values = _with_ties(_renamed(values, expected), expected)
     for name, wanted in expected.items():
         if name not in values:
             raise ArtifactError(f"{path}: lacks {name}; it was saved from another architecture{_nearest(name, values)}")
@@ -121,6 +121,16 @@ def _renamed(values: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[
         if values and all(n.startswith(prefix) for n in values) and not all(n.startswith(prefix) for n in expected):
             values = {name.removeprefix(prefix): value for name, value in values.items()}
     return values
+
+
+def _with_ties(values: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With the names that the model gives to a tensor it has under another name too: some writers store it once."""
+    places: dict[Any, str] = {}
+    for name, value in expected.items():
+        if name in values and not value.is_meta:
+            places[value.data_ptr(), value.shape, value.stride()] = name
+    ties = {n: places.get((v.data_ptr(), v.shape, v.stride())) for n, v in expected.items() if not v.is_meta}
+    return values | {n: values[tie] for n, tie in ties.items() if n not in values and tie is not None}
 
 
 def _nearest(name: str, values: Mapping[str, Tensor]) -> str:

@@ -32,9 +32,10 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         reason = "is a symbolic link" if os.path.islink(path) else f"can't be read: {error.strerror}"
         raise ArtifactError(f"{path}: {reason}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ArtifactError(f"{path}: is not a regular file")
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ArtifactError(f"{path}: is not a regular file")
         yield file
 
 

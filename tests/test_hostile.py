@@ -420,9 +420,8 @@ def nothing_but_a_pickle(directory: Path) -> None:
 
 def twice(directory: Path) -> None:
     path = directory / "model.pt2"
-    with zipfile.ZipFile(path, "a") as file:
-        with pytest.warns(UserWarning, match="Duplicate name"):
-            file.writestr(file.infolist()[0].filename, b"other")
+    with zipfile.ZipFile(path, "a") as file, pytest.warns(UserWarning, match="Duplicate name"):
+        file.writestr(file.infolist()[0].filename, b"other")
 
 
 def outside(directory: Path) -> None:

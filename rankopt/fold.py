@@ -42,6 +42,9 @@ def folded(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, int]]:
     for node in list(module.graph.nodes):  # in order, so that a longer row folds step by step
         if node.op == "call_function" and node.target in (*_CONV, _LINEAR) and _pair(module, node):
             count["pointwise pair"] += 1
+    for node in reversed(list(module.graph.nodes)):  # what the folded layers read
+        if node.op == "get_attr" and not node.users:
+            module.graph.erase_node(node)
     module.graph.lint()
     return fx.GraphModule(module, module.graph), dict(count)
 
@@ -185,6 +188,3 @@ def _replace(module: fx.GraphModule, layer: fx.Node, weight: Tensor, bias: Tenso
             node.meta = dict(old.meta) if isinstance(old, fx.Node) else {}
             arguments[names.index(key)] = node
     layer.args, layer.kwargs = tuple(arguments), {}
-    for node in reversed(list(module.graph.nodes)):
-        if node.op == "get_attr" and not node.users:
-            module.graph.erase_node(node)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.cost import count
-from rankopt.errors import InputError, RankoptError, UncountedOperationError
+from rankopt.errors import InputError, RankoptError
 from rankopt.fold import folded
 from rankopt.layers import plain_attention
 from rankopt.nest import tensors, with_batch
@@ -102,13 +102,15 @@ def traced(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
         call, why = (first_args, first_kwargs), first_line(error)
         batch = next((t.shape[0] for t in tensors(call) if t.dim()), 1)
         program = _export_or_say(model, call)
-    graph, folds = folded(program.module()) if fold else (program.module(), {})
+    graph: nn.Module = model
+    folds: Mapping[str, int] = {}
     if fold:
-        graph.requires_grad_(False)
-        program = _export(graph, call, free=batch is None)
+        smaller, folds = folded(program.module())
+        if folds:
+            graph, program = smaller, _export(smaller, call, free=batch is None)
     macs = None
-    with contextlib.suppress(UncountedOperationError, RankoptError):
-        macs = count(graph, first_args, first_kwargs).macs if fold else count(model, first_args, first_kwargs).macs
+    with contextlib.suppress(RankoptError):  # an operation that no counter knows
+        macs = count(graph, first_args, first_kwargs).macs
     return Traced(_anonymous(program), model, call, _names(module, call), batch, why, folds, macs)
 
 

@@ -13,11 +13,13 @@ from rankopt import artifact
 from rankopt.cost import count, total_params
 from rankopt.dense_source import dense_model
 from rankopt.errors import ArtifactError, InputError, RankoptError
-from rankopt.exporting import largest_difference, traced_or_blamed
+from rankopt.exporting import largest_difference
 from rankopt.exports import exporter
 from rankopt.fresh_inputs import fresh
 from rankopt.layers import weights_digest
 from rankopt.manifest import MANIFEST, Manifest
+from rankopt.targets.target import Subject
+from rankopt.targets.torch_cpu import converted
 from rankopt.traced import Call
 
 _NEAR = 1e-5  # of kl and accuracy, relative: sums may be taken in another order
@@ -122,7 +124,10 @@ def _exports(directory: Path, manifest: Manifest, loaded: nn.Module | None) -> I
                 yield Check(what, None, missing)
                 continue
             if reference is None:
-                reference = traced_or_blamed(loaded, fresh(manifest.inputs)).module
+                args, kwargs = fresh(manifest.inputs)
+                reference = converted(Subject(loaded, args, kwargs), "float32", "contiguous")[0]
+            if set(record["files"]) != set(one.files):
+                raise ArtifactError(f"{MANIFEST}: exports.{name} must name the files {', '.join(one.files)}")
             tolerance, batches = _stated(record, name)
             found = largest_difference(one.run(directory), reference, manifest.inputs, batches, _SEED)
         except RankoptError as error:

@@ -14,6 +14,7 @@ checked parts alone, in memory, is what torch reads:
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import math
@@ -47,15 +48,17 @@ _RECORD = re.compile(r"data/(?:weights/weight|constants/tensor)_[0-9]{1,8}", re.
 _IGNORED = (".data/", ".format_version", ".storage_alignment")
 _LARGEST_PROGRAM = 256 * 2**20
 _MOST_RECORDS = 2**17
+_LONGEST_SIZE, _MOST_POWERS = 4096, 4
+_SYNTAX = (ast.Expression, ast.Load, ast.UnaryOp, ast.USub, ast.UAdd, ast.operator, ast.Compare, ast.cmpop, ast.keyword)
 
 _NAME = re.compile(r"[A-Za-z0-9_.]{0,512}", re.ASCII)
 _WORD = re.compile(r"[A-Za-z0-9_,.\-> ]{0,64}", re.ASCII)  # of an argument: a mode, an equation of einsum
 _VERSION = re.compile(r"[0-9A-Za-z.+<=\-]{1,64}", re.ASCII)
-_SIZE = re.compile(r"(?:[A-Za-z_][A-Za-z_0-9]*|[0-9]{1,18}|[-+*/(),<>=&|~ ]|\*\*[ ]?[0-9])*", re.ASCII)
 _SYMBOL = re.compile(r"[a-z]{1,8}[0-9]{1,9}", re.ASCII)
 _SIZE_WORDS = (
-    "FloorDiv ModularIndexing Where PythonMod Mod CleanDiv CeilDiv CeilToInt FloorToInt IntTrueDiv FloatTrueDiv "
-    "TruncToInt RoundToInt ToFloat PowByNatural Identity Max Min Eq Ne Ge Gt Le Lt And Or Not True False"
+    "Symbol Integer Rational Add Mul Pow Max Min Eq Ne Equality Unequality Ge Gt Le Lt GreaterThan StrictGreaterThan "
+    "LessThan StrictLessThan And Or Not true false FloorDiv ModularIndexing Where PythonMod Mod CleanDiv CeilDiv "
+    "CeilToInt FloorToInt IntTrueDiv FloatTrueDiv TruncToInt RoundToInt ToFloat PowByNatural Identity"
 )
 _FUNCTIONS = frozenset(_SIZE_WORDS.split())
 _PYTHON = "add sub mul floordiv truediv mod neg eq ne lt le gt ge and_ or_ not_ pow getitem"
@@ -298,10 +301,45 @@ def _overload(name: str, overload: str) -> str:
 
 
 def _check_size(text: str, path: str) -> None:
-    words = re.findall(r"[A-Za-z_][A-Za-z_0-9]*", text)
-    fine = len(text) <= 4096 and _SIZE.fullmatch(text) and text.count("(") <= 64 and text.count("**") <= 8
-    if not fine or any(word not in _FUNCTIONS and not _SYMBOL.fullmatch(word) for word in words):
+    """An expression as sympy writes it: calls of known functions on symbols and whole numbers, and arithmetic."""
+    try:
+        tree = ast.parse(text, mode="eval") if len(text) <= _LONGEST_SIZE else None
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        tree = None
+    nodes = list(ast.walk(tree)) if tree is not None else []
+    powers = [node for node in nodes if _is_power(node)]
+    if not nodes or len(powers) > _MOST_POWERS or not all(map(_harmless, nodes)):
         raise ArtifactError(f"{path}: the program has the size {text[:60]!r}, which is no sum or product of sizes")
+
+
+def _is_power(node: ast.AST) -> bool:
+    by_name = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and "Pow" in node.func.id
+    return by_name or isinstance(node, ast.Pow)
+
+
+def _harmless(node: ast.AST) -> bool:
+    if isinstance(node, ast.Constant):
+        number = type(node.value) is int and abs(node.value) < 2**63
+        return (
+            number or node.value in (True, False) or (type(node.value) is str and bool(_SYMBOL.fullmatch(node.value)))
+        )
+    if isinstance(node, ast.Name):
+        return node.id in _FUNCTIONS or bool(_SYMBOL.fullmatch(node.id))
+    if isinstance(node, ast.Call):
+        known = isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS
+        last = node.args[-1] if node.args else None
+        return known and (not _is_power(node) or _small(last)) and all(isinstance(k.arg, str) for k in node.keywords)
+    if isinstance(node, ast.BinOp):
+        return not isinstance(node.op, ast.Pow) or _small(node.right)
+    return isinstance(node, _SYNTAX)
+
+
+def _small(node: ast.AST | None) -> bool:
+    """A whole number that a size may be raised to."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Integer" and node.args:
+        node = node.args[0]
+    node = node.operand if isinstance(node, ast.UnaryOp) else node
+    return isinstance(node, ast.Constant) and type(node.value) is int and node.value <= _MOST_POWERS
 
 
 def _check_tree(text: str, path: str) -> None:

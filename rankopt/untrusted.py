@@ -42,8 +42,10 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 def read_bytes(path: Path, most: int = LARGEST_JSON) -> bytes:
     """The content of a regular file that is not larger than `most` bytes; raises `ArtifactError`."""
     with opened(path) as file:
-        content = file.read(most + 1)
-    if len(content) > most:
+        size = file.seek(0, 2)
+        file.seek(0)
+        content = file.read(size) if size <= most else b""
+    if size > most:
         raise ArtifactError(f"{path}: is larger than {most >> 20} MiB, so it is not what rankopt wrote")
     return content
 

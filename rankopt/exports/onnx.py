@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -76,7 +77,21 @@ def model_bytes(traced: Traced) -> bytes:
     opset = {entry.domain: entry.version for entry in model.opset_import}.get("")
     if opset != OPSET:
         raise RuntimeError(f"it was written with opset {opset}, asked for was {OPSET}")
+    if traced.batch is None:
+        _name_batch(model)
     return bytes(model.SerializeToString())
+
+
+def _name_batch(model: Any) -> None:
+    """Call the free size of the first dimension ``batch``; torch leaves a symbol such as ``s77`` there."""
+    shapes = [entry.type.tensor_type.shape for entry in model.graph.input]
+    symbol = next((shape.dim[0].dim_param for shape in shapes if len(shape.dim) and shape.dim[0].dim_param), None)
+    if symbol is None:
+        return
+    for entry in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dim in entry.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", "batch", dim.dim_param)
 
 
 def check_model(content: bytes, where: str) -> None:

@@ -35,8 +35,10 @@ class OpenVinoIr(Exporter):
     def write(self, traced: Traced, folder: Path) -> dict[str, Any]:
         """Two files."""
         with tempfile.TemporaryDirectory(prefix="rankopt-") as between:
-            path = Path(between) / MODEL
-            path.write_bytes(model_bytes(traced))
+            path = folder / MODEL  # where the ONNX model was asked for too, it was written a moment ago
+            if not path.exists():
+                path = Path(between) / MODEL
+                path.write_bytes(model_bytes(traced))
             converted_model(path, folder / XML)
         return {"opset": OPSET, "inputs": list(traced.names), "written_by": runtime_version()}
 

@@ -102,9 +102,11 @@ def _of_torch(path: Path) -> dict[str, Tensor]:
                 "code; save the weights alone: torch.save(model.state_dict(), ...), or use safetensors"
             ) from None
         raise ArtifactError(f"{path}: is no checkpoint of torch.save: {text[:160]}") from None
-    for key in _WITHIN:
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
+    while isinstance(found, Mapping):
+        inner = next((found[key] for key in _WITHIN if isinstance(found.get(key), Mapping)), None)
+        if inner is None:
+            break
+        found = inner
     if not isinstance(found, Mapping) or not found or not all(isinstance(k, str) for k in found):
         raise ArtifactError(f"{path}: needs a mapping of names to tensors, got {type(found).__name__}")
     odd = next((key for key, value in found.items() if not isinstance(value, Tensor)), None)

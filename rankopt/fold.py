@@ -99,11 +99,9 @@ def _pair(module: fx.GraphModule, last: fx.Node) -> bool:
         return False
     if any(value is None and layer["bias"] is not None for value, layer in zip(biases, (a, b), strict=True)):
         return False
-    positions = [1, 1] if last.target is _LINEAR else [_positions(first), _positions(last)]
+    before, after = (1, 1) if last.target is _LINEAR else (_positions(first), _positions(last))
     (rank, inputs), outputs = inner.shape[:2], outer.shape[0]
-    if None in positions:
-        return False
-    if outputs * inputs * positions[1] > rank * inputs * positions[0] + outputs * rank * positions[1]:
+    if before is None or after is None or outputs * inputs * after > rank * inputs * before + outputs * rank * after:
         return False
     left, right = outer.double().reshape(outputs, rank), inner.double().reshape(rank, inputs)
     shift = None if biases[1] is None else biases[1].double()
@@ -111,7 +109,7 @@ def _pair(module: fx.GraphModule, last: fx.Node) -> bool:
         moved = left @ biases[0].double()
         shift = moved if shift is None else shift + moved
     weight = (left @ right).reshape(outputs, inputs, *inner.shape[2:]).to(inner.dtype)
-    names = [argument.name for argument in last.target._schema.arguments]
+    names = _names(last)
     arguments = [_arguments(last)[name] for name in names]
     arguments[0] = a["input"]
     if last.target is not _LINEAR:
@@ -132,6 +130,12 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     return given | dict(node.kwargs)
 
 
+def _names(node: fx.Node) -> list[str]:
+    """The names of an operator's arguments, in order."""
+    target: Any = node.target
+    return [argument.name for argument in target._schema.arguments]
+
+
 def _only_read_by(node: Any, reader: fx.Node, targets: tuple[Any, ...]) -> bool:
     """Whether it is a call of one of these operators whose result only `reader` reads."""
     is_call = isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
@@ -147,8 +151,9 @@ def _pointwise(module: fx.GraphModule, layer: dict[str, Any]) -> bool:
 def _positions(node: fx.Node) -> int | None:
     """Output positions of a sample; None where they are not fixed."""
     value = node.meta.get("val")
-    size = tuple(value.shape[2:]) if isinstance(value, Tensor) else (None,)
-    return math.prod(size) if all(isinstance(n, int) for n in size) else None
+    if not isinstance(value, Tensor) or not all(isinstance(n, int) for n in value.shape[2:]):
+        return None
+    return math.prod(value.shape[2:])
 
 
 def _wide(layer: dict[str, Any], weight: Tensor) -> list[int]:
@@ -173,7 +178,7 @@ def _value(module: fx.GraphModule, node: Any) -> Tensor | None:
 
 def _replace(module: fx.GraphModule, layer: fx.Node, weight: Tensor, bias: Tensor | None) -> None:
     """Give a layer a weight and a bias of its own; the old ones may belong to other layers too."""
-    names = [argument.name for argument in layer.target._schema.arguments]  # type: ignore[union-attr]
+    names = _names(layer)
     arguments = [_arguments(layer)[name] for name in names]
     number = sum(name.startswith("folded_") for name in module._parameters)
     for key, value in (("weight", weight), ("bias", bias)):

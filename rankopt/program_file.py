@@ -91,7 +91,7 @@ def load_program(path: Path) -> nn.Module:
     archive = checked_archive(path)
     try:
         with quiet():
-            return torch.export.load(archive).module()
+            return torch.export.load(archive).module().requires_grad_(False)
     except Exception as error:
         raise ArtifactError(
             f"{path}: is no program that this torch ({torch.__version__}) reads: {first_line(error)}"
@@ -147,10 +147,10 @@ def _parts(archive: zipfile.ZipFile, path: str) -> Iterator[tuple[str, bytes]]:
     yield _MODEL, json.dumps(program).encode()
     for kind, config in _CONFIGS.items():
         given = parse_json(read(config, _LARGEST_PROGRAM), f"{path}: {config}")
-        wanted = _payload(given, kind, records, path)
+        own = _payload(given, kind, records, path)
         yield config, json.dumps(given).encode()
-        for name in wanted:
-            yield name, read(name)
+        for record in own:
+            yield record, read(record)
     extra = set(records) - {_MODEL, _SAMPLE, *_CONFIGS.values(), *_PLAIN}
     odd = next((name for name in sorted(extra) if not _RECORD.fullmatch(name) and not name.startswith(_IGNORED)), None)
     if odd is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import io
 import logging
 import warnings
@@ -62,9 +64,11 @@ class Plain(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The same call, a plain output."""
-        return plain_output(self.module(*args, **kwargs))
+        @functools.wraps(module.forward)  # torch.export reads the names of arguments off the signature
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return plain_output(module(*args, **kwargs))
+
+        self.forward = forward
 
 
 def plain_output(value: Any) -> Any:
@@ -216,8 +220,6 @@ def _anonymous(program: Any) -> Any:
 
 def _names(module: nn.Module, call: Call) -> tuple[str, ...]:
     """Names for the input tensors: those of the parameters of `forward`, numbered where one holds several."""
-    import inspect
-
     args, kwargs = call
     known = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind < p.VAR_POSITIONAL]
     pairs = [(known[n] if n < len(known) else f"input_{n}", value) for n, value in enumerate(args)]

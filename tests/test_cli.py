@@ -280,7 +280,7 @@ BAD: dict[str, tuple[list[str], str]] = {
         "layers.0: svd: rank",
     ),
     "plan schema": (["apply", "{dir}/old.json", "--study", "{study}", "--out", "{dir}/o"], "schema must be 1, got 7"),
-    "not a plan": (["apply", "{study}", "--study", "{study}", "--out", "{dir}/o"], "not valid JSON"),
+    "not a plan": (["apply", "{study}", "--study", "{study}", "--out", "{dir}/o"], "unknown key 'data'"),
 }
 
 

@@ -311,6 +311,7 @@ class Complex(nn.Module):
         return torch.linalg.svdvals(x)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("onnx" not in HERE, reason="onnx is not installed")
 def test_a_layer_that_a_format_can_not_hold_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"export onnx: layer blocks\.1\.1 \(Complex\): ") as caught:

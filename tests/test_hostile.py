@@ -194,7 +194,7 @@ DAMAGED: dict[str, Callable[[Path], Any]] = {
     "manifest export without files": manifest(lambda m: m["exports"].update(onnx={})),
     "manifest inputs are a list": manifest(lambda m: m.update(inputs=[])),
     "weights digest is a number": manifest(lambda m: m.update(weights=3)),
-    "plan not listed": manifest(lambda m: m["files"].pop("plan.json")),
+    "plan not listed": manifest(lambda m: m["files"].update({"plan.jsn": m["files"].pop("plan.json")})),
     "plan changed": lambda d: (d / "plan.json").write_text((d / "plan.json").read_text().replace("5", "4")),
     "plan and measurements swapped": swapped,
     "plan is linked": linked("plan.json"),

@@ -94,6 +94,7 @@ def save(
         _write_json(beside / MEASUREMENTS, values)
         _write_json(beside / ENVIRONMENT, record)
         write_tensors(beside / TENSORS, model)
+        shutil.copymode(beside / PLAN, beside / TENSORS)  # safetensors writes for the owner alone
         records = write_exports(model, (example[0], dict(example[1])), exports, beside) if example is not None else {}
         card = model_card(target.name, plan, values, record, records)
         (beside / CARD).write_text(card, encoding="utf-8")

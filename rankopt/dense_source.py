@@ -26,7 +26,8 @@ def check_source(source: Any, where: str = "source") -> str:
 
 def source_of(address: str, args: Mapping[str, Any]) -> str | None:
     """The address of a study's model as it can be recorded: None for a file, a method, or one that takes arguments."""
-    return address if _ADDRESS.fullmatch(address) and not args else None
+    is_file = address.partition(":")[0].endswith(".py")
+    return address if _ADDRESS.fullmatch(address) and not (args or is_file) else None
 
 
 def dense_model(model: nn.Module | Callable[[], nn.Module] | str, where: str) -> nn.Module:

@@ -16,6 +16,8 @@ from rankopt.machine import processor
 from rankopt.plan import Plan
 from rankopt.result import told
 
+_ERROR = "_se"  # how the names of standard errors end
+
 
 def environment() -> dict[str, str]:
     """Versions, platform and processor of this machine."""
@@ -59,8 +61,8 @@ def model_card(
 ) -> str:
     """Markdown: the dense model beside the compressed one, the methods used, how to load it, and the exports."""
     dense, small = (_section(measurements, key) for key in ("dense", "compressed"))
-    keys = [key for key in {**dense, **small} if told(key, {**dense, **small})]
-    rows = [f"| {key} | {_shown(dense.get(key))} | {_shown(small.get(key))} |" for key in keys]
+    keys = [key for key in {**dense, **small} if told(key, {**dense, **small}) and not key.endswith(_ERROR)]
+    rows = [f"| {key} | {_with_error(dense, key)} | {_with_error(small, key)} |" for key in keys]
     methods = ", ".join(f"{count} × {method}" for method, count in plan.methods().items()) or "no layers"
     argument = "" if record.get("source") else ", model=YourDenseModel()"
     return "\n".join(
@@ -116,12 +118,21 @@ def _section(measurements: Any, key: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _with_error(values: Mapping[str, Any], key: str) -> str:
+    """A value with its standard error, where that is known."""
+    error = values.get(f"{key}{_ERROR}")
+    text = _shown(values.get(key))
+    return f"{text} ± {error:.2f}" if isinstance(error, float) else text
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         unit = value.get("unit") or ""
         return f"{_shown(value.get('value'))} {unit}".strip()
     if value is None:
         return "–"
+    if isinstance(value, float) and value.is_integer() and abs(value) >= 1000:
+        value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return (f"{value:.4g}" if isinstance(value, float) else str(value)).replace("|", "\\|").replace("\n", " ")

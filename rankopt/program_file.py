@@ -7,14 +7,12 @@ checked parts alone, in memory, is what torch reads:
 
 - records: the program, its weights and constants, stored as they are (not compressed, so no larger than the file);
 - nothing pickled, no example inputs, no compiled code;
-- operators: PyTorch's own (``aten``), none that reads or writes files, and arithmetic on sizes;
-- names are identifiers, texts are words, sizes are sums and products of numbers and symbols;
+- what the program's own text may say is in `rankopt.program_text`;
 - every tensor lies within its record, and no record is larger than it says.
 """
 
 from __future__ import annotations
 
-import ast
 import io
 import json
 import math
@@ -28,6 +26,7 @@ import torch
 from torch import nn
 
 from rankopt.errors import ArtifactError
+from rankopt.program_text import NAME, checked_program, device_of
 from rankopt.targets.torch_cpu import first_line
 from rankopt.traced import quiet
 from rankopt.untrusted import opened, parse_json
@@ -48,27 +47,6 @@ _RECORD = re.compile(r"data/(?:weights/weight|constants/tensor)_[0-9]{1,8}", re.
 _IGNORED = (".data/", ".format_version", ".storage_alignment")
 _LARGEST_PROGRAM = 256 * 2**20
 _MOST_RECORDS = 2**17
-_LONGEST_SIZE, _MOST_POWERS = 4096, 4
-_SYNTAX = (ast.Expression, ast.Load, ast.UnaryOp, ast.USub, ast.UAdd, ast.operator, ast.Compare, ast.cmpop, ast.keyword)
-
-_NAME = re.compile(r"[A-Za-z0-9_.]{0,512}", re.ASCII)
-_WORD = re.compile(r"[A-Za-z0-9_,.\-> ]{0,64}", re.ASCII)  # of an argument: a mode, an equation of einsum
-_VERSION = re.compile(r"[0-9A-Za-z.+<=\-]{1,64}", re.ASCII)
-_SYMBOL = re.compile(r"[a-z]{1,8}[0-9]{1,9}", re.ASCII)
-_SIZE_WORDS = (
-    "Symbol Integer Rational Add Mul Pow Max Min Eq Ne Equality Unequality Ge Gt Le Lt GreaterThan StrictGreaterThan "
-    "LessThan StrictLessThan And Or Not true false FloorDiv ModularIndexing Where PythonMod Mod CleanDiv CeilDiv "
-    "CeilToInt FloorToInt IntTrueDiv FloatTrueDiv TruncToInt RoundToInt ToFloat PowByNatural Identity"
-)
-_FUNCTIONS = frozenset(_SIZE_WORDS.split())
-_PYTHON = "add sub mul floordiv truediv mod neg eq ne lt le gt ge and_ or_ not_ pow getitem"
-_SYMBOLIC = "sym_max sym_min sym_not sym_float sym_int sym_ite"
-_ARITHMETIC = {f"_operator.{n}" for n in _PYTHON.split()} | {f"torch.{n}" for n in _SYMBOLIC.split()}
-_OPERATOR = re.compile(r"torch\.ops\.aten\.([a-z0-9_]+)\.([A-Za-z0-9_]+)", re.ASCII)
-_ASSERT = "torch.ops.aten._assert_scalar.default"
-_NEVER = frozenset({"from_file", "save", "load", "set_", "resize_", "_foobar"})
-_CONTAINERS = {None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"}
-_REFUSED = {"as_graph", "as_custom_obj", "as_operator", "custom_obj", "token", "as_string_to_argument"}
 
 
 def write_program(program: Any, path: Path) -> None:
@@ -143,7 +121,7 @@ def _parts(archive: zipfile.ZipFile, path: str) -> Iterator[tuple[str, bytes]]:
     if records.get(_SAMPLE) is not None and records[_SAMPLE].file_size:
         raise ArtifactError(f"{path}: holds pickled example inputs, which are never read; export it with rankopt")
     yield _SAMPLE, b""
-    program = _program(parse_json(read(_MODEL, _LARGEST_PROGRAM), f"{path}: {_MODEL}"), path)
+    program = checked_program(parse_json(read(_MODEL, _LARGEST_PROGRAM), f"{path}: {_MODEL}"), path)
     yield _MODEL, json.dumps(program).encode()
     for kind, config in _CONFIGS.items():
         given = parse_json(read(config, _LARGEST_PROGRAM), f"{path}: {config}")
@@ -181,7 +159,7 @@ def _payload(config: dict[str, Any], kind: str, records: Mapping[str, zipfile.Zi
     names: dict[str, None] = {}
     for name, entry in entries.items():
         where = f"{path}: {kind} {name[:120]!r}"
-        if not _NAME.fullmatch(name) or not isinstance(entry, dict):
+        if not NAME.fullmatch(name) or not isinstance(entry, dict):
             raise ArtifactError(f"{where} has no proper name or description")
         if entry.get("use_pickle") is not False:
             raise ArtifactError(f"{where} is pickled, and nothing pickled is read")
@@ -194,7 +172,7 @@ def _payload(config: dict[str, Any], kind: str, records: Mapping[str, zipfile.Zi
 
 
 def _check_meta(meta: Any, size: int, where: str) -> None:
-    if not isinstance(meta, dict) or _device(meta.get("device")) != "cpu":
+    if not isinstance(meta, dict) or device_of(meta.get("device")) != "cpu":
         raise ArtifactError(f"{where} must be a tensor on the CPU")
     from torch._export.serde.serialize import deserialize_scalar_type
 
@@ -210,153 +188,3 @@ def _check_meta(meta: Any, size: int, where: str) -> None:
     last = 0 if empty else offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
     if last * dtype.itemsize > size or (empty and size == 0 and max(shape, default=0) > 2**31):
         raise ArtifactError(f"{where} of shape {str(shape)[:80]} does not fit into its {size} bytes")
-
-
-def _device(entry: Any) -> Any:
-    return entry.get("type") if isinstance(entry, dict) else None
-
-
-def _program(program: dict[str, Any], path: str) -> dict[str, Any]:
-    """The program without what only describes where it came from; every text in it is checked."""
-    graph_module = program.get("graph_module")
-    if not isinstance(graph_module, dict) or not isinstance(graph_module.get("graph"), dict):
-        raise ArtifactError(f"{path}: {_MODEL} holds no graph")
-    program["guards_code"] = []
-    graph_module["metadata"] = {}
-    calls = graph_module.get("module_call_graph")
-    if not isinstance(calls, list):
-        raise ArtifactError(f"{path}: {_MODEL} does not say how the model is called")
-    graph_module["module_call_graph"] = [c for c in calls if isinstance(c, dict) and c.get("fqn") == ""]
-    _walk(program, "", path)
-    return program
-
-
-def _walk(value: Any, key: str, path: str) -> None:
-    if isinstance(value, dict):
-        if "target" in value and "metadata" in value:
-            value["metadata"] = {}
-            if value["target"] == _ASSERT:  # its text is a sentence
-                value["inputs"] = [_without_text(entry) for entry in _list(value.get("inputs"), path)]
-        for name, entry in value.items():
-            if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _REFUSED:
-                raise ArtifactError(f"{path}: the program uses {name[:80]!r}, which no exported model needs")
-            named = name == "as_device" or (name == "device" and entry is not None)
-            if named and _device(entry) != "cpu":
-                raise ArtifactError(f"{path}: the program asks for a device other than the CPU")
-            _walk(entry, name, path)
-    elif isinstance(value, list):
-        for entry in value:
-            _walk(entry, key, path)
-    elif isinstance(value, str):
-        _check_text(value, key, path)
-
-
-def _list(value: Any, path: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise ArtifactError(f"{path}: the program is damaged: needs a list, got {type(value).__name__}")
-    return value
-
-
-def _without_text(entry: Any) -> Any:
-    argument = entry.get("arg") if isinstance(entry, dict) else None
-    if isinstance(argument, dict) and "as_string" in argument:
-        return {**entry, "arg": {"as_string": "assertion"}}
-    return entry
-
-
-def _check_text(text: str, key: str, path: str) -> None:
-    """What a text may be depends on what it is for."""
-    if key == "target":
-        _check_operator(text, path)
-    elif key == "expr_str":
-        _check_size(text, path)
-    elif key in ("in_spec", "out_spec"):
-        _check_tree(text, path)
-    elif key in ("as_string", "as_strings"):
-        if not _WORD.fullmatch(text):
-            raise ArtifactError(f"{path}: the program has the argument {text[:60]!r}, which is no mode of an operator")
-    elif key in ("as_float", "as_floats"):
-        if text not in ("Infinity", "-Infinity", "NaN"):
-            raise ArtifactError(f"{path}: the program has the number {text[:60]!r}, which is none")
-    elif key == "torch_version":
-        if not _VERSION.fullmatch(text):
-            raise ArtifactError(f"{path}: {text[:60]!r} is no version of torch")
-    elif not _NAME.fullmatch(text):
-        raise ArtifactError(f"{path}: the program uses the name {text[:60]!r}, which is no name")
-
-
-def _check_operator(text: str, path: str) -> None:
-    if text in _ARITHMETIC:
-        return
-    found = _OPERATOR.fullmatch(text)
-    if found and found[1] not in _NEVER and torch._C._dispatch_has_kernel(f"aten::{_overload(*found.groups())}"):
-        return
-    raise ArtifactError(
-        f"{path}: the program calls {text[:80]!r}, which is not among PyTorch's own operators on tensors"
-    )
-
-
-def _overload(name: str, overload: str) -> str:
-    return name if overload == "default" else f"{name}.{overload}"
-
-
-def _check_size(text: str, path: str) -> None:
-    """An expression as sympy writes it: calls of known functions on symbols and whole numbers, and arithmetic."""
-    try:
-        tree = ast.parse(text, mode="eval") if len(text) <= _LONGEST_SIZE else None
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        tree = None
-    nodes = list(ast.walk(tree)) if tree is not None else []
-    powers = [node for node in nodes if _is_power(node)]
-    if not nodes or len(powers) > _MOST_POWERS or not all(map(_harmless, nodes)):
-        raise ArtifactError(f"{path}: the program has the size {text[:60]!r}, which is no sum or product of sizes")
-
-
-def _is_power(node: ast.AST) -> bool:
-    by_name = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and "Pow" in node.func.id
-    return by_name or isinstance(node, ast.Pow)
-
-
-def _harmless(node: ast.AST) -> bool:
-    if isinstance(node, ast.Constant):
-        number = type(node.value) is int and abs(node.value) < 2**63
-        return (
-            number or node.value in (True, False) or (type(node.value) is str and bool(_SYMBOL.fullmatch(node.value)))
-        )
-    if isinstance(node, ast.Name):
-        return node.id in _FUNCTIONS or bool(_SYMBOL.fullmatch(node.id))
-    if isinstance(node, ast.Call):
-        known = isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS
-        last = node.args[-1] if node.args else None
-        return known and (not _is_power(node) or _small(last)) and all(isinstance(k.arg, str) for k in node.keywords)
-    if isinstance(node, ast.BinOp):
-        return not isinstance(node.op, ast.Pow) or _small(node.right)
-    return isinstance(node, _SYNTAX)
-
-
-def _small(node: ast.AST | None) -> bool:
-    """A whole number that a size may be raised to."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Integer" and node.args:
-        node = node.args[0]
-    node = node.operand if isinstance(node, ast.UnaryOp) else node
-    return isinstance(node, ast.Constant) and type(node.value) is int and node.value <= _MOST_POWERS
-
-
-def _check_tree(text: str, path: str) -> None:
-    """How arguments and results are nested: tuples, lists and dicts only."""
-    try:
-        version, tree = json.loads(text)
-    except (ValueError, TypeError, RecursionError):
-        version, tree = None, None
-    waiting, seen = [tree], 0
-    while waiting:
-        node, seen = waiting.pop(), seen + 1
-        proper = isinstance(node, dict) and isinstance(node.get("children_spec"), list)
-        if version != 1 or not proper or node.get("type") not in _CONTAINERS or seen > 2**16:
-            raise ArtifactError(f"{path}: the program takes or returns something else than tuples, lists and dicts")
-        context = node.get("context")
-        if context is not None and (
-            not isinstance(context, str) or not re.fullmatch(r'[A-Za-z0-9_., "\[\]]*', context)
-        ):
-            raise ArtifactError(f"{path}: the program has the argument name {str(context)[:60]!r}, which is no name")
-        waiting += node["children_spec"]

@@ -181,4 +181,4 @@ def _numbers(
 
 
 def _text(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)[:40]
+    return f"{value:,.10g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)[:40]

@@ -468,6 +468,8 @@ PROGRAMS: dict[str, Callable[[Path], Any]] = {
     "calls a custom operator": called("torch.ops.mylib.op.default"),
     "reads a file": called("torch.ops.aten.from_file.default"),
     "writes a file": called("torch.ops.aten.save.default"),
+    "skips the checks of bounds": called("torch.ops.aten._index_put_impl_.default"),
+    "lays a tensor over other memory": called("torch.ops.aten.set_.source_Tensor"),
     "calls what is no operator": called("_operator.methodcaller"),
     "calls call": called("_operator.call"),
     "calls an attribute of an operator": called("torch.ops.aten.add.Tensor.__class__"),

@@ -101,7 +101,8 @@ def write_exports(
     for one in chosen:
         try:
             stated = one.write(model, folder)
-            difference = largest_difference(one.run(folder), model.module, description, batches)
+            tried = [n for n in batches if n <= stated.get("largest_batch", n)]
+            difference = largest_difference(one.run(folder), model.module, description, tried)
         except OSError:
             raise
         except Exception as error:
@@ -117,7 +118,7 @@ def write_exports(
             "macs": model.macs,
             "dtype": "float32",
             "folded": dict(model.folds),
-            "batches": list(batches),
+            "batches": tried,
             "any_batch": model.batch is None,
             **({"fixed_because": model.fixed_because} if model.batch is not None else {}),
             "tolerance": tolerance,

@@ -5,7 +5,7 @@
     {"schema": 2,
      "weights": "0123456789abcdef",                      digest of the values, see layers.weights_digest
      "inputs": {"args": [...], "kwargs": {...}},         what the model was exported with, see fresh_inputs; or null
-     "exports": {"onnx": {"files": ["model.onnx"], "opset": 18, ...}},
+     "exports": {"onnx": {"files": ["model.onnx"], "opset": 20, ...}},
      "files": {"plan.json": {"bytes": 812, "sha256": "..."}, ...}}
 
 The hashes find what was damaged, swapped or edited. They are no signature: whoever can write the directory can write

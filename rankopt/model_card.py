@@ -94,6 +94,7 @@ def _exports(name: str, exports: Mapping[str, Mapping[str, Any]]) -> list[str]:
     rows = []
     for kind, entry in exports.items():
         macs, sizes = entry.get("macs"), "any" if entry.get("any_batch") else str(entry["batches"][0])
+        sizes = f"up to {entry['largest_batch']}" if entry.get("largest_batch") else sizes
         opset = f", opset {entry['opset']}" if entry.get("opset") else ""
         rows.append(
             f"| {kind}{opset} | {', '.join(entry['files'])} | {entry['bytes']:,} | {_shown(macs)} | {sizes} | "

@@ -37,13 +37,15 @@ class ExecuTorch(Exporter):
             lowered = to_edge_transform_and_lower(traced.program, partitioner=[XnnpackPartitioner()])
             content = lowered.to_executorch().buffer
         (folder / PROGRAM).write_bytes(content)
-        return {"backend": "XNNPACK", "written_by": self.runtime()}
+        stated: dict[str, Any] = {"backend": "XNNPACK", "written_by": self.runtime()}
+        if traced.batch is None:  # memory is planned ahead, so there is a bound that ExecuTorch chose
+            sizes = _method(folder).metadata.input_tensor_meta(0).sizes()
+            stated["largest_batch"] = int(sizes[0])
+        return stated
 
     def run(self, folder: Path) -> Run:
         """By the runtime that the package brings."""
-        from executorch.runtime import Runtime
-
-        method = Runtime.get().load_program(folder / PROGRAM).load_method("forward")
+        method = _method(folder)
 
         def run(call: Call) -> list[torch.Tensor]:
             return [output for output in method.execute(tensors(call)) if isinstance(output, torch.Tensor)]
@@ -53,3 +55,9 @@ class ExecuTorch(Exporter):
     def runtime(self) -> str:
         """ExecuTorch."""
         return f"executorch {version('executorch')}"
+
+
+def _method(folder: Path) -> Any:
+    from executorch.runtime import Runtime
+
+    return Runtime.get().load_program(folder / PROGRAM).load_method("forward")

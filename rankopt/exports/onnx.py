@@ -18,7 +18,7 @@ from rankopt.traced import Call, Traced, quiet
 from rankopt.untrusted import read_bytes
 
 MODEL = "model.onnx"
-OPSET = 18
+OPSET = 20  # circular padding needs 19
 _LARGEST = 2**31 - 2**20  # what one ONNX file without side files can hold
 _DOMAINS = {"", "ai.onnx"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,7 +40,11 @@ class OpenVinoIr(Exporter):
             if not path.exists():
                 path = Path(between) / MODEL
                 path.write_bytes(model_bytes(traced))
-            converted_model(path, folder / XML)
+            try:
+                converted_model(path, folder / XML)
+            except RuntimeError as error:  # a report of many lines; the one that says what is not there
+                found = re.search(r"(Unsupported|No translator|not supported)[^\n]*", str(error))
+                raise RuntimeError(found[0] if found else first_line(error)) from None
         return {"opset": OPSET, "inputs": list(traced.names), "written_by": runtime_version()}
 
     def run(self, folder: Path) -> Run:

@@ -41,7 +41,9 @@ _NEVER = frozenset({"from_file", "save", "load", "set_", "resize_"})
 _PRIVATE = (  # the only ones whose names begin with an underscore; others skip checks of bounds
     "assert_scalar assert_tensor_metadata to_copy softmax log_softmax unsafe_view conj shape_as_tensor weight_norm "
     "adaptive_avg_pool2d adaptive_avg_pool3d native_batch_norm_legit_no_training scaled_dot_product_attention_math "
-    "scaled_dot_product_flash_attention_for_cpu local_scalar_dense trilinear cdist_forward"
+    "scaled_dot_product_flash_attention_for_cpu local_scalar_dense trilinear cdist_forward euclidean_dist safe_softmax "
+    "masked_softmax pad_circular pad_enum addmm_activation fft_c2c fft_c2r fft_r2c linalg_det linalg_eigh linalg_svd "
+    "linalg_solve_ex linalg_slogdet _and__ _or__ _xor__ _lshift__ _rshift__"
 )
 _KNOWN_PRIVATE = frozenset(f"_{name}" for name in _PRIVATE.split())
 _CONTAINERS = {None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict"}

@@ -51,7 +51,7 @@ def test_the_order_of_the_top() -> None:
     assert trials(result("kl<=0.2").top(2)) == [1, 2]  # a limit on quality: the cheapest first
     assert trials(result("macs<=50%", slow=2).top(3)) == [1, 0, 2]  # slower than dense comes last
     assert trials(result().top(2, ["macs<=32%"])) == [1, 0]
-    with pytest.raises(InfeasibleError, match="reached: 10.0% of dense"):
+    with pytest.raises(InfeasibleError, match=r"reached: 10\.0% of dense"):
         result().top(2, ["macs<=1%"])
 
 

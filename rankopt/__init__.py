@@ -12,17 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rankopt.artifact import load
+    from rankopt.checkpoint import load_checkpoint
     from rankopt.cost import count
     from rankopt.errors import InfeasibleError, InputError, RankoptError
+    from rankopt.exporting import export
     from rankopt.layer_spec import LayerSpec
     from rankopt.layers import find_layers
     from rankopt.limits import Limit, parse_limit
     from rankopt.one_call import search
     from rankopt.plan import LayerChoice, Plan
+    from rankopt.plan_diff import diff
     from rankopt.result import Entry, Result
     from rankopt.search import Search
     from rankopt.study_file import load_study
     from rankopt.surgery import apply
+    from rankopt.verify import verify
 
 _HOMES = {
     "Entry": "result",
@@ -37,11 +41,15 @@ _HOMES = {
     "Search": "search",
     "apply": "surgery",
     "count": "cost",
+    "diff": "plan_diff",
+    "export": "exporting",
     "find_layers": "layers",
     "load": "artifact",
+    "load_checkpoint": "checkpoint",
     "load_study": "study_file",
     "parse_limit": "limits",
     "search": "one_call",
+    "verify": "verify",
 }
 
 __all__ = [
@@ -57,11 +65,15 @@ __all__ = [
     "Search",
     "apply",
     "count",
+    "diff",
+    "export",
     "find_layers",
     "load",
+    "load_checkpoint",
     "load_study",
     "parse_limit",
     "search",
+    "verify",
 ]
 
 

@@ -7,6 +7,8 @@
     measurements.json   what was measured, dense and compressed
     environment.json    where: versions and processor; and where the dense model's class is found
     README.md           a short model card
+    model.onnx …        the exports that were asked for
+    manifest.json       sizes and hashes of all of these; written last
 """
 
 from __future__ import annotations
@@ -15,19 +17,24 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from rankopt.dense_source import check_source, dense_model, recorded_source
-from rankopt.errors import ArtifactError, PlanError, RankoptError
-from rankopt.layers import KINDS
+from rankopt.errors import ArtifactError, PlanError
+from rankopt.exporting import write_exports
+from rankopt.fresh_inputs import described
+from rankopt.layers import kind_of, weights_digest
+from rankopt.manifest import MANIFEST, SCHEMA, Manifest
 from rankopt.model_card import environment, model_card, plain
 from rankopt.plan import Plan
+from rankopt.program_file import load_program
 from rankopt.surgery import structure
 from rankopt.tensor_file import read_tensors, write_tensors
+from rankopt.untrusted import read_json, read_text
 
 PLAN, TENSORS, MEASUREMENTS, ENVIRONMENT, CARD = (
     "plan.json",
@@ -36,8 +43,7 @@ PLAN, TENSORS, MEASUREMENTS, ENVIRONMENT, CARD = (
     "environment.json",
     "README.md",
 )
-SCHEMA = 1
-_MAX_BYTES = 16 * 2**20
+_LARGEST_PLAN = 64 * 2**20
 
 
 def save(
@@ -48,6 +54,8 @@ def save(
     measurements: Mapping[str, Any],
     source: str | None = None,
     force: bool = False,
+    exports: Sequence[str] = (),
+    example: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None,
 ) -> Path:
     """Write a compressed model. The directory appears complete or not at all.
 
@@ -59,18 +67,24 @@ def save(
             mapping with ``value`` and ``unit``, or an object with ``to_dict``. NaN is written as null.
         source: where the dense model's class, or a function that makes it, is found: ``package.module:Name``.
         force: replace a directory that holds a saved model.
+        exports: further formats, see `rankopt.exporting.export`; they are checked before anything appears.
+        example: the call (args, kwargs) that the exports are made with. Its shapes, dtypes and ranges are recorded, so
+            that `verify` can make inputs like it; its values are not.
 
     Returns:
         The directory.
 
     Raises:
         ArtifactError: the directory exists, the model was not made by the plan, or it holds what can't be saved.
+        InputError: an export fails; names the layer to blame.
     """
     target = Path(directory).resolve()
     if source is not None:
         check_source(source)
     _check_target(target, force)
     _check_made_by(model, plan)
+    if exports and example is None:
+        raise ArtifactError("exports: need an example input; pass example=(args, kwargs)")
     record = {"schema": SCHEMA, "source": source, **environment()}
     values = plain(measurements)
     beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
@@ -79,8 +93,13 @@ def save(
         (beside / PLAN).write_text(plan.to_json(), encoding="utf-8")
         _write_json(beside / MEASUREMENTS, values)
         _write_json(beside / ENVIRONMENT, record)
-        (beside / CARD).write_text(model_card(target.name, plan, values, record), encoding="utf-8")
         write_tensors(beside / TENSORS, model)
+        shutil.copymode(beside / PLAN, beside / TENSORS)  # safetensors writes for the owner alone
+        records = write_exports(model, (example[0], dict(example[1])), exports, beside) if example is not None else {}
+        card = model_card(target.name, plan, values, record, records)
+        (beside / CARD).write_text(card, encoding="utf-8")
+        inputs = described(*example) if records and example is not None else None
+        Manifest.of(beside, weights_digest(model), records, inputs).write(beside)
         _put(beside, target)
     except OSError as error:
         raise ArtifactError(f"{directory}: can't be written: {error.strerror or error}") from error
@@ -89,7 +108,12 @@ def save(
     return target
 
 
-def load(directory: str | Path, model: nn.Module | Callable[[], nn.Module] | str | None = None) -> nn.Module:
+def load(
+    directory: str | Path,
+    model: nn.Module | Callable[[], nn.Module] | str | None = None,
+    *,
+    standalone: bool = False,
+) -> nn.Module:
     """Rebuild a saved model: exactly the saved values, in eval mode. Nothing is decomposed and nothing is unpickled.
 
     Args:
@@ -97,6 +121,8 @@ def load(directory: str | Path, model: nn.Module | Callable[[], nn.Module] | str
         model: the dense model (its weights may be any; it is not changed), or a callable that makes one, or
             ``package.module:callable``. None takes the source recorded in the artifact, if it names an nn.Module
             class or a function whose return annotation is one.
+        standalone: load the exported program (``pt2``) instead, which needs no code but PyTorch's. It can be run, not
+            trained; weights are float32 and folded, so outputs are equal within the export's tolerance.
 
     Raises:
         ArtifactError: a file is missing or damaged, or does not belong to this model; names the entry.
@@ -105,20 +131,34 @@ def load(directory: str | Path, model: nn.Module | Callable[[], nn.Module] | str
     directory = Path(directory)
     if not directory.is_dir():
         raise ArtifactError(f"{directory}: is not a directory; give one that holds {PLAN} and {TENSORS}")
-    try:
-        plan = Plan.load(directory / PLAN)
-    except PlanError as error:
-        raise ArtifactError(error.message) from error
+    manifest = Manifest.read(directory)
+    if standalone:
+        if model is not None:
+            raise ArtifactError(f"{directory}: a standalone program needs no model; leave model out")
+        if "pt2" not in manifest.exports:
+            raise ArtifactError(f"{directory}: holds no exported program; write it with --export pt2")
+        return load_program(manifest.check(directory, manifest.exports["pt2"]["files"][0]))
+    plan = read_plan(directory, manifest)
     if model is None:
         model = recorded(directory)
+    tensors = manifest.check(directory, TENSORS)
     built = structure(dense_model(model, str(directory)), plan)
-    read_tensors(directory / TENSORS, built)
+    read_tensors(tensors, built)
     return built.eval()
+
+
+def read_plan(directory: Path, manifest: Manifest) -> Plan:
+    """The plan of a saved model; raises `ArtifactError` when it is damaged."""
+    path = manifest.check(directory, PLAN)
+    try:
+        return Plan.from_json(read_text(path, _LARGEST_PLAN), str(path))
+    except PlanError as error:
+        raise ArtifactError(error.message) from error
 
 
 def read_measurements(directory: str | Path) -> dict[str, Any]:
     """The measurements that were saved with a model; raises `ArtifactError` when they can't be read."""
-    return _read_json(Path(directory) / MEASUREMENTS)
+    return read_json(Path(directory) / MEASUREMENTS)
 
 
 def recorded(directory: Path) -> Callable[[], nn.Module]:
@@ -127,7 +167,7 @@ def recorded(directory: Path) -> Callable[[], nn.Module]:
     Raises:
         ArtifactError: none is recorded, or it is not what makes a model.
     """
-    source = _read_json(directory / ENVIRONMENT).get("source")
+    source = read_json(Manifest.read(directory).check(directory, ENVIRONMENT)).get("source")
     if source is None:
         raise ArtifactError(f"{directory}: records no source of the dense model; pass model= (a module or a callable)")
     return recorded_source(source, str(directory / ENVIRONMENT))
@@ -138,14 +178,14 @@ def _check_target(target: Path, force: bool) -> None:
         return
     if not force:
         raise ArtifactError(f"{target}: already exists; give another directory, or force to replace it")
-    if not target.is_dir() or not ((target / PLAN).is_file() and (target / ENVIRONMENT).is_file()):
+    if not target.is_dir() or not ((target / PLAN).is_file() and (target / MANIFEST).is_file()):
         raise ArtifactError(f"{target}: holds no saved model, so force does not replace it; give another directory")
 
 
 def _check_made_by(model: nn.Module, plan: Plan) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, choice in plan.changed().items():
-        if name not in modules or type(modules[name]) in KINDS:
+        if name not in modules or kind_of(modules[name]) is not None:
             raise ArtifactError(
                 f"{name}: the plan says {choice}, but the model was not made by it; give apply's result"
             )
@@ -168,21 +208,3 @@ def _put(beside: Path, target: Path) -> None:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ArtifactError(f"{path}: larger than {_MAX_BYTES >> 20} MiB, so it is not what save wrote")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtifactError(f"{path}: can't be read: {error.strerror}") from None
-    except RecursionError:
-        raise ArtifactError(f"{path}: nested too deeply") from None
-    except ValueError as error:  # also UnicodeDecodeError and JSONDecodeError
-        if isinstance(error, RankoptError):
-            raise
-        raise ArtifactError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ArtifactError(f"{path}: needs an object, got {type(data).__name__}")
-    return data

@@ -6,50 +6,38 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from rankopt import saved_verbs
 from rankopt.errors import InputError, RankoptError
 from rankopt.handover import (
+    check_exports,
     check_free,
-    chosen,
     compared_by,
     compared_in,
     console_for,
-    finish,
     print_bench,
     print_json,
     print_saved,
     save,
 )
-
-if TYPE_CHECKING:
-    from rankopt.limits import Limit
-    from rankopt.targets.target import Target
+from rankopt.options import (
+    Exports,
+    Force,
+    Json,
+    Limits,
+    Shape,
+    Storage,
+    Study,
+    Targets,
+    read_limits,
+    read_storage,
+    read_targets,
+)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-Study = Annotated[Path, typer.Argument(metavar="STUDY", help="The study, a YAML file.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Out = Annotated[Path, typer.Option(metavar="DIR", help="Where the compressed model is written.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace a saved model in DIR.")]
-Limits = Annotated[
-    list[str] | None,
-    typer.Option("--limit", metavar="LIMIT", help="E.g. 'macs<=50%' or 'accuracy>=-0.5'; replaces those of the study."),
-]
-Storage = Annotated[
-    str | None, typer.Option(metavar="URL", help="Where trials are kept: an Optuna storage URL, or a .db file.")
-]
-
-Targets = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--target",
-        metavar="TARGET",
-        help="Where latency is measured, e.g. onnxruntime or torch:threads=2; replaces those of the study.",
-    ),
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -118,6 +106,7 @@ def search(
     strategy: Annotated[str | None, typer.Option(metavar="NAME", help="How plans are chosen.")] = None,
     sampler: Annotated[str | None, typer.Option(metavar="NAME", help="Optuna's sampler.")] = None,
     force: Force = False,
+    exports: Exports = None,
     target: Targets = None,
     as_json: Json = False,
 ) -> None:
@@ -126,7 +115,7 @@ def search(
     \b
     rankopt search studies/digits.yaml
     rankopt search studies/digits.yaml --limit 'macs<=40%' --limit 'params<=60%' --trials 100
-    rankopt search studies/digits.yaml --out compressed --json
+    rankopt search studies/digits.yaml --out compressed --export onnx --json
     rankopt search studies/digits.yaml --target onnxruntime --limit 'latency<=0.6x'
     rankopt search studies/digits.yaml --strategy correct --sampler nsga2
     """
@@ -134,18 +123,23 @@ def search(
     from rankopt.study_file import load_study
     from rankopt.tables import front_row, front_table
 
-    file, limits, targets = load_study(study), _limits(limit), _targets(target)
+    file, limits, targets = load_study(study), read_limits(limit), read_targets(target)
     file = file.choosing(strategy, sampler)
+    if exports and out is None:
+        raise InputError("--export: needs --out DIR, where the files are written")
+    check_exports(exports)
     if out is not None:
         check_free(out, force)
     from rankopt.search import Search  # last: what can be refused at once needs no torch
 
-    run = Search.from_study(file, limits=limits, trials=trials, storage=_storage(storage), seed=seed, targets=targets)
+    run = Search.from_study(
+        file, limits=limits, trials=trials, storage=read_storage(storage), seed=seed, targets=targets
+    )
     with shown(console_for(stderr=True)) as progress:
         result = run.run(progress=progress)
     rows = [front_row(entry) for entry in result.front]
     best = result.best(limits)
-    saved, dense_test = save(run, best, out, force) if out is not None else ({}, None)
+    saved, dense_test = save(run, best, out, force, exports) if out is not None else ({}, None)
     if as_json:
         print_json(
             {"front": rows, "best": front_row(best), "dense": result.dense, "out": str(out) if out else None}
@@ -178,9 +172,9 @@ def front(
     from rankopt.study_file import load_study
     from rankopt.tables import front_row, front_table
 
-    file, limits = load_study(study), _limits(limit)
-    name = file.study_on(_targets(target))
-    result = read_result(_storage(storage) or file.storage_url, name, limits=limits or file.limits)
+    file, limits = load_study(study), read_limits(limit)
+    name = file.study_on(read_targets(target))
+    result = read_result(read_storage(storage) or file.storage_url, name, limits=limits or file.limits)
     rows = [front_row(entry) for entry in result.front]
     if as_json:
         print_json(rows)
@@ -191,60 +185,8 @@ def front(
         console.print(note, soft_wrap=True)
 
 
-@app.command()
-def export(
-    study: Study,
-    out: Out,
-    trial: Annotated[int | None, typer.Option(min=0, metavar="N", help="Which trial; else the best one.")] = None,
-    limit: Limits = None,
-    storage: Storage = None,
-    target: Targets = None,
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
-    """Write a trial's compressed model: plan.json, safetensors, measurements. The best one within the limits, or N.
-
-    \b
-    rankopt export studies/digits.yaml --out compressed
-    rankopt export studies/digits.yaml --trial 12 --out compressed
-    """
-    from rankopt.ledger import read_result
-    from rankopt.study_file import load_study
-
-    file, limits, targets = load_study(study), _limits(limit), _targets(target)
-    check_free(out, force)
-    url = _storage(storage) or file.storage_url
-    result = read_result(url, file.study_on(targets), limits=limits or file.limits)
-    entry = chosen(result, trial, limits or file.limits, file.name)
-    from rankopt.search import Search
-
-    run = Search.from_study(file, limits=limits, storage=url, targets=targets)
-    run.recorded = result
-    finish(run, entry, out, force, as_json)
-
-
-@app.command()
-def apply(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan, or the folder of a saved model.")],
-    study: Annotated[Path, typer.Option(metavar="STUDY", help="The study that gives the model and the data.")],
-    out: Out,
-    force: Force = False,
-    as_json: Json = False,
-) -> None:
-    """Carry out a plan on a study's model, measure it, and write it.
-
-    \b
-    rankopt apply compressed/plan.json --study studies/digits.yaml --out again
-    """
-    from rankopt.plan import Plan
-    from rankopt.study_file import load_study
-
-    file, decided = load_study(study), Plan.load(plan)
-    check_free(out, force)
-    from rankopt.search import Search
-
-    run = Search.from_study(file)
-    finish(run, run.evaluate(decided), out, force, as_json)
+app.command()(saved_verbs.export)
+app.command()(saved_verbs.apply)
 
 
 @app.command()
@@ -261,10 +203,7 @@ def bench(
     batch: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Samples in a call; else as the example.")
     ] = None,
-    shape: Annotated[
-        str | None,
-        typer.Option("--input", metavar="SHAPE", help="E.g. 1x3x32x32 or 1x16:int64, in place of the study's."),
-    ] = None,
+    shape: Shape = None,
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
@@ -277,7 +216,7 @@ def bench(
     from rankopt.study_file import load_study
     from rankopt.targets import make
 
-    targets = _targets(target)
+    targets = read_targets(target)
     if model.is_dir():
         if trial is not None or storage is not None:
             raise InputError(f"{model}: is a saved model; --trial and --storage belong to a study")
@@ -285,7 +224,7 @@ def bench(
     else:
         if study is not None:
             raise InputError(f"--study: belongs to a saved model's folder, and {model} is none")
-        given = compared_by(load_study(model), targets, trial, _storage(storage), shape)
+        given = compared_by(load_study(model), targets, trial, read_storage(storage), shape)
     chosen_targets = targets or list(given.targets) or [make("torch")]
     if batch is not None:
         chosen_targets = [t if t.batch else t.model_copy(update={"batch": batch}) for t in chosen_targets]
@@ -296,6 +235,10 @@ def bench(
         print_json(rows)
     else:
         print_bench(rows)
+
+
+app.command()(saved_verbs.verify)
+app.command()(saved_verbs.diff)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -323,21 +266,3 @@ def main(args: Sequence[str] | None = None) -> int:
 def _fail(message: str) -> int:
     print(f"rankopt: error: {message}", file=sys.stderr)
     return 2
-
-
-def _limits(texts: list[str] | None) -> list[Limit] | None:
-    from rankopt.limits import parse_limit
-
-    return [parse_limit(text) for text in texts] if texts else None
-
-
-def _targets(texts: list[str] | None) -> list[Target] | None:
-    from rankopt.targets import read
-
-    return [read(text) for text in texts] if texts else None
-
-
-def _storage(text: str | None) -> str | None:
-    from rankopt.study_file import storage_url
-
-    return storage_url(text, Path()) if text else None

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -22,6 +22,12 @@ def check_source(source: Any, where: str = "source") -> str:
     if not isinstance(source, str) or not _ADDRESS.fullmatch(source):
         raise ArtifactError(f"{where}: needs package.module:Name, got {str(source)[:80]!r}; {_PASS} when loading")
     return source
+
+
+def source_of(address: str, args: Mapping[str, Any]) -> str | None:
+    """The address of a study's model as it can be recorded: None for a file, a method, or one that takes arguments."""
+    is_file = address.partition(":")[0].endswith(".py")
+    return address if _ADDRESS.fullmatch(address) and not (args or is_file) else None
 
 
 def dense_model(model: nn.Module | Callable[[], nn.Module] | str, where: str) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import nn
 
+    from rankopt.plan import Plan
     from rankopt.result import Entry, Result
     from rankopt.study_file import StudyFile
     from rankopt.targets.target import Target
@@ -38,15 +39,41 @@ def check_free(out: Path, force: bool) -> None:
         raise ArtifactError(f"{out}: holds no saved model, so --force does not replace it; give another --out")
 
 
-def save(run: Any, entry: Any, out: Path, force: bool) -> tuple[dict[str, Any], dict[str, float] | None]:
+def check_exports(exports: Sequence[str] | None) -> None:
+    """Refuse a format that is unknown, or whose package is missing, before anything is computed."""
+    if exports:
+        from rankopt.exporting import check_formats
+
+        check_formats(exports)
+
+
+def save(
+    run: Any, entry: Any, out: Path, force: bool, exports: Sequence[str] | None = None
+) -> tuple[dict[str, Any], dict[str, float] | None]:
     """Save; returns what the reloaded model measures, and the dense model on the test data if there are any."""
-    saved = run.save(entry, out, force=force)
+    saved = run.save(entry, out, force=force, exports=exports or ())
     return saved, run.measure(run.model, split="test") if saved.get("test") else None
 
 
-def finish(run: Any, entry: Any, out: Path, force: bool, as_json: bool) -> None:
+def finish_all(
+    run: Any, entries: Sequence[tuple[Any, Path]], force: bool, as_json: bool, exports: Sequence[str] | None
+) -> None:
+    """Save several entries, each in its own place, and print them."""
+    from rankopt.tables import front_row
+
+    rows = []
+    for entry, place in entries:
+        saved, dense_test = save(run, entry, place, force, exports)
+        rows.append({"out": str(place), **front_row(entry), **saved, "dense_test": dense_test})
+        if not as_json:
+            print_saved(console_for(), entry, place, saved, dense_test)
+    if as_json:
+        print_json(rows)
+
+
+def finish(run: Any, entry: Any, out: Path, force: bool, as_json: bool, exports: Sequence[str] | None = None) -> None:
     """Save, and print what the reloaded model measures."""
-    saved, dense_test = save(run, entry, out, force)
+    saved, dense_test = save(run, entry, out, force, exports)
     if as_json:
         from rankopt.tables import front_row
 
@@ -91,6 +118,95 @@ def chosen(result: Result, trial: int | None, limits: Any, name: str) -> Entry:
     return entries[trial]
 
 
+def adopted(plan: Plan, model: nn.Module) -> Plan:
+    """A plan for a model of the same architecture, whatever its weights; raises `PlanError` naming the difference."""
+    if plan.fingerprint is None:
+        return plan
+    from rankopt.layers import fingerprint
+    from rankopt.surgery import checked
+
+    checked(model, plan, weights=False)
+    return replace(plan, fingerprint=fingerprint(model))
+
+
+def save_applied(
+    plan: Plan,
+    address: str,
+    weights: Path | None,
+    shape: str | None,
+    out: Path,
+    force: bool,
+    as_json: bool,
+    exports: Sequence[str] | None,
+) -> None:
+    """Carry out a plan on a model of the user's from its weights alone, save it and print its costs."""
+    from rankopt import artifact
+    from rankopt.callables import call, load_callable
+    from rankopt.checkpoint import load_checkpoint
+    from rankopt.cost import count, total_params
+    from rankopt.dense_source import dense_model, source_of
+    from rankopt.layers import fingerprint
+    from rankopt.surgery import apply
+    from rankopt.tables import measured_table
+
+    if exports and shape is None:
+        raise InputError("--export: needs --input SHAPE, e.g. 1x3x32x32")
+    make = load_callable(address, Path(), "--model: ")
+    dense = dense_model(lambda: call(make, {}, "--model: "), "--model").eval()
+    if weights is not None:
+        load_checkpoint(dense, weights)
+    plan = adopted(plan, dense) if plan.fingerprint else replace(plan, fingerprint=fingerprint(dense))
+    small = apply(dense, plan)
+    measured: dict[str, Any] = {"dense": {"params": total_params(dense)}, "compressed": {"params": total_params(small)}}
+    example = call_of(None, shape) if shape is not None else None
+    for key, module in (("dense", dense), ("compressed", small)):
+        if example is not None:
+            measured[key]["macs"] = count(module, *example).macs
+    artifact.save(
+        out,
+        small,
+        plan,
+        measurements=measured,
+        source=source_of(address, {}),
+        force=force,
+        exports=exports or (),
+        example=example,
+    )
+    if as_json:
+        print_json({"out": str(out), "methods": plan.methods(), **measured})
+        return
+    console = console_for()
+    console.print(f"\nsaved the plan's model to {out}:", soft_wrap=True)
+    console.print(measured_table({"compressed": measured["compressed"], "dense": measured["dense"]}))
+
+
+def times_on(run: Any, targets: Sequence[Target]) -> Any:
+    """A function that measures a module beside the dense one on targets, for `verify`."""
+
+    def measure(module: nn.Module) -> dict[str, float]:
+        from rankopt.bench import bench
+        from rankopt.layers import as_call
+
+        args, kwargs = as_call(run.example, run.example_kwargs)
+        rows = bench(run.model.eval(), {"saved": module}, args, kwargs, targets=targets)
+        return {f"latency_kept@{row['target']}": row["latency_kept"] for row in rows if row["model"] == "saved"}
+
+    return measure
+
+
+def print_difference(found: Any) -> None:
+    """The layers that differ, what else differs, and how much is the same."""
+    console = console_for()
+    for name, (a, b) in found.layers.items():
+        console.print(f"{name}: {a} → {b}", soft_wrap=True)
+    for name, (a, b) in found.measurements.items():
+        if a != b and not isinstance(a, dict):
+            console.print(f"{name}: {a} → {b}", soft_wrap=True)
+    if found.model:
+        console.print(found.model, soft_wrap=True)
+    console.print(f"{len(found.layers)} layers differ, {found.same} are the same", soft_wrap=True)
+
+
 def compared_in(directory: Path, study: StudyFile | None, shape: str | None) -> Compared:
     """A saved model beside its dense one, which a study builds, or what the saved model records as its source.
 
@@ -111,7 +227,7 @@ def compared_in(directory: Path, study: StudyFile | None, shape: str | None) -> 
             dense = dense_model(artifact.recorded(directory), str(directory))
         except ArtifactError as error:
             raise ArtifactError(f"{error.message.partition('; pass model=')[0]}; give --study STUDY") from error
-    args, kwargs = _call(study, shape)
+    args, kwargs = call_of(study, shape)
     small = artifact.load(directory, dense)
     name = directory.resolve().name
     name = name if name != "dense" else "compressed"
@@ -140,11 +256,11 @@ def compared_by(
     quiet = file.model_copy(update={"target": [], "limits": [], "objectives": []})  # only to build, not to measure
     run = Search.from_study(quiet, storage=url)
     small = run.build(entry.plan, bn=bool(entry.notes.get("bn", 0)))
-    args, kwargs = _call(file, shape)
+    args, kwargs = call_of(file, shape)
     return Compared(run.model.eval(), {f"trial {entry.trial}": small.eval()}, args, kwargs, file.make_targets())
 
 
-def _call(study: StudyFile | None, shape: str | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_of(study: StudyFile | None, shape: str | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The study's example input, or one of the shape that was given."""
     if shape is None:
         assert study is not None

@@ -33,7 +33,8 @@ class LayerSpec:
     """What a decomposition has to know of a layer. `skip` says why it is left alone (None: it can be decomposed).
 
     `kernel_size`, `stride`, `dilation`, `output_padding` have one entry a spatial dimension (empty for Linear);
-    `padding` is that too, or the text "same". `aliases` are further names of the same module.
+    `padding` is that too, or the text "same". `aliases` are further names of the same module. `flipped`: a linear layer
+    that keeps its weight as (in, out), as Conv1D of transformers does.
     """
 
     name: str
@@ -52,6 +53,7 @@ class LayerSpec:
     aliases: tuple[str, ...] = ()
     skip: str | None = None
     dtype: str = "float32"
+    flipped: bool = False
     order: int = field(default=0, compare=False)
 
     @property
@@ -74,7 +76,7 @@ class LayerSpec:
     def weight_shape(self) -> tuple[int, ...]:
         """The shape of the module's own ``weight``."""
         g, o, i, *k = self.group_shape
-        return (g * i, o, *k) if self.transposed else (g * o, i, *k)
+        return (g * i, o, *k) if self.transposed or self.flipped else (g * o, i, *k)
 
     @property
     def depthwise(self) -> bool:
@@ -95,6 +97,7 @@ class LayerSpec:
     def describe(self) -> str:
         """Kind and weight shape on one line, for messages and tables."""
         text = f"{self.kind} {'×'.join(map(str, self.weight_shape))}"
+        text = f"{text} (in × out)" if self.flipped else text
         return f"{text} groups {self.groups}" if self.groups > 1 else text
 
 
@@ -103,19 +106,30 @@ def group_weight(layer: LayerSpec, weight: Tensor) -> Tensor:
     g, o, i, *k = layer.group_shape
     if tuple(weight.shape) != layer.weight_shape:
         raise LayerError(f"{layer.name}: needs a weight of shape {layer.weight_shape}, got {tuple(weight.shape)}")
-    if layer.transposed:
+    if layer.transposed or layer.flipped:
         return weight.reshape(g, i, o, *k).transpose(1, 2)
     return weight.reshape(g, o, i, *k)
 
 
 def ungroup_weight(layer: LayerSpec, weight: Tensor) -> Tensor:
     """The inverse of `group_weight`."""
-    return (weight.transpose(1, 2) if layer.transposed else weight).reshape(layer.weight_shape)
+    swapped = layer.transposed or layer.flipped
+    return (weight.transpose(1, 2) if swapped else weight).reshape(layer.weight_shape)
 
 
 def kind_of(module: nn.Module) -> str | None:
     """The kind of a layer (a subclass has its parent's), None when it is no layer that can be decomposed."""
+    if is_flipped(module):
+        return "linear"
     for cls, kind in KINDS.items():
         if isinstance(module, cls):
             return kind
     return None
+
+
+def is_flipped(module: nn.Module) -> bool:
+    """Whether this is Conv1D of transformers (GPT-2 and its kin): a linear layer whose weight is (in, out).
+
+    By name, so that transformers is not imported where nobody uses it.
+    """
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"

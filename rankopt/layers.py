@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.errors import DataError, RankoptError
-from rankopt.layer_spec import KINDS, Call, LayerSpec, group_weight, kind_of, ungroup_weight
+from rankopt.layer_spec import KINDS, Call, LayerSpec, group_weight, is_flipped, kind_of, ungroup_weight
 from rankopt.left_alone import left_alone
 from rankopt.plan import Fingerprint
 
@@ -31,6 +31,7 @@ __all__ = [
     "fingerprint",
     "group_weight",
     "inference",
+    "kind_of",
     "module_names",
     "plain_attention",
     "run_once",
@@ -221,7 +222,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _call(module: nn.Module, given: Tensor, output: Tensor) -> Call:
-    dims = 0 if isinstance(module, nn.Linear) else len(module.kernel_size)  # type: ignore[arg-type]
+    dims = 0 if kind_of(module) == "linear" else len(module.kernel_size)  # type: ignore[arg-type]
     if dims == 0:
         return Call(math.prod(given.shape[:-1]), (), ())
     batch = given.shape[0] if given.dim() == dims + 2 else 1
@@ -243,6 +244,9 @@ def _spec(module: nn.Module, names: list[str], calls: tuple[Call, ...], skip: st
         "dtype": dtype,
         "order": order,
     }
+    if is_flipped(module):
+        inputs, outputs = m.weight.shape
+        return LayerSpec(in_channels=inputs, out_channels=outputs, flipped=True, **shared)
     if kind == "linear":
         return LayerSpec(in_channels=m.in_features, out_channels=m.out_features, **shared)
     padding = m.padding if m.padding == "same" else (0,) * len(m.kernel_size) if m.padding == "valid" else m.padding

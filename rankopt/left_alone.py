@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from rankopt.layer_spec import KINDS, kind_of
+from rankopt.layer_spec import KINDS, is_flipped, kind_of
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -53,7 +53,7 @@ def _unfit(module: nn.Module) -> str | None:
     """What is unusual about one linear or convolutional layer."""
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "its weight is parametrized (torch.nn.utils.parametrize); remove the parametrization first"
-    if type(module) not in KINDS:
+    if type(module) not in KINDS and not is_flipped(module):
         return f"{type(module).__module__}.{type(module).__name__} is a subclass that may do something else"
     weight = module._parameters.get("weight")
     if not isinstance(weight, nn.Parameter):

@@ -16,6 +16,8 @@ from rankopt.machine import processor
 from rankopt.plan import Plan
 from rankopt.result import told
 
+_ERROR = "_se"  # how the names of standard errors end
+
 
 def environment() -> dict[str, str]:
     """Versions, platform and processor of this machine."""
@@ -50,11 +52,17 @@ def plain(measurements: Any, where: str = "measurements") -> Any:
     raise ArtifactError(f"{where}: needs numbers, texts, lists and mappings, got {type(measurements).__name__}")
 
 
-def model_card(name: str, plan: Plan, measurements: Any, record: Mapping[str, Any]) -> str:
-    """Markdown: the dense model beside the compressed one, the methods used, and how to load it."""
+def model_card(
+    name: str,
+    plan: Plan,
+    measurements: Any,
+    record: Mapping[str, Any],
+    exports: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
+    """Markdown: the dense model beside the compressed one, the methods used, how to load it, and the exports."""
     dense, small = (_section(measurements, key) for key in ("dense", "compressed"))
-    keys = [key for key in {**dense, **small} if told(key, {**dense, **small})]
-    rows = [f"| {key} | {_shown(dense.get(key))} | {_shown(small.get(key))} |" for key in keys]
+    keys = [key for key in {**dense, **small} if told(key, {**dense, **small}) and not key.endswith(_ERROR)]
+    rows = [f"| {key} | {_with_error(dense, key)} | {_with_error(small, key)} |" for key in keys]
     methods = ", ".join(f"{count} × {method}" for method, count in plan.methods().items()) or "no layers"
     argument = "" if record.get("source") else ", model=YourDenseModel()"
     return "\n".join(
@@ -74,13 +82,48 @@ def model_card(name: str, plan: Plan, measurements: Any, record: Mapping[str, An
             f'model = rankopt.load("{name}"{argument})  # in eval mode; nothing is decomposed again',
             "```",
             "",
+            *_exports(name, exports or {}),
         ]
     )
+
+
+def _exports(name: str, exports: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A table of the exported files, and how the program is loaded without the model's code."""
+    if not exports:
+        return []
+    rows = []
+    for kind, entry in exports.items():
+        macs, sizes = entry.get("macs"), "any" if entry.get("any_batch") else str(entry["batches"][0])
+        sizes = f"up to {entry['largest_batch']}" if entry.get("largest_batch") else sizes
+        opset = f", opset {entry['opset']}" if entry.get("opset") else ""
+        rows.append(
+            f"| {kind}{opset} | {', '.join(entry['files'])} | {entry['bytes']:,} | {_shown(macs)} | {sizes} | "
+            f"{entry['difference']:.1e} (allowed {entry['tolerance']:.0e}), {entry['checked_with']} |"
+        )
+    lines = [
+        "Exports, in float32; the difference is the largest on fresh inputs, as a share of the largest output.",
+        "",
+        "| format | files | bytes | MACs | batch size | difference |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
+    if "pt2" in exports:
+        load = f'model = rankopt.load("{name}", standalone=True)  # needs none of the model\'s own code'
+        lines += ["```python", "import rankopt", "", load, "```", ""]
+    return lines
 
 
 def _section(measurements: Any, key: str) -> dict[str, Any]:
     found = measurements.get(key) if isinstance(measurements, dict) else None
     return found if isinstance(found, dict) else {}
+
+
+def _with_error(values: Mapping[str, Any], key: str) -> str:
+    """A value with its standard error, where that is known."""
+    error = values.get(f"{key}{_ERROR}")
+    text = _shown(values.get(key))
+    return f"{text} ± {error:.2f}" if isinstance(error, float) else text
 
 
 def _shown(value: Any) -> str:
@@ -89,6 +132,8 @@ def _shown(value: Any) -> str:
         return f"{_shown(value.get('value'))} {unit}".strip()
     if value is None:
         return "–"
+    if isinstance(value, float) and value.is_integer() and abs(value) >= 1000:
+        value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return (f"{value:.4g}" if isinstance(value, float) else str(value)).replace("|", "\\|").replace("\n", " ")

@@ -57,6 +57,25 @@ def input_names(model: bytes) -> list[str]:
     return [entry.name for entry in onnx.load_model_from_string(model).graph.input]
 
 
+def parsed(model: bytes) -> Any:
+    """A serialized model as a protocol buffer; raises what the parser raises."""
+    import onnx
+
+    return onnx.load_model_from_string(model)
+
+
+def graphs_of(model: Any) -> Iterator[Any]:
+    """The graph of a model, the graphs within it (branches, loops), and its functions."""
+    waiting = [model.graph, *model.functions]
+    while waiting:
+        graph = waiting.pop()
+        yield graph
+        for node in graph.node:
+            for attribute in node.attribute:
+                waiting += [attribute.g] if attribute.HasField("g") else []
+                waiting += list(attribute.graphs)
+
+
 def _groups(subjects: Sequence[Subject]) -> Iterator[list[Subject]]:
     """Runs of subjects that share one and the same input, up to a total size."""
     group: list[Subject] = []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankopt.errors import InfeasibleError, InputError
 from rankopt.limits import Limit, measured_key, parse_limit
-from rankopt.pareto import front
+from rankopt.pareto import front, knee
 from rankopt.plan import Plan
 
 if TYPE_CHECKING:
@@ -43,9 +43,12 @@ class Entry:
         """The compressed model, refitted as in the trial."""
         return self._search().build(self.plan, bn=bool(self.notes.get("bn", 0)))
 
-    def save(self, directory: str | Path, force: bool = False) -> dict[str, Any]:
-        """Write an artifact that `rankopt.load` reads; returns what the reloaded model measures."""
-        return self._search().save(self, directory, force=force)
+    def save(self, directory: str | Path, force: bool = False, exports: Sequence[str] = ()) -> dict[str, Any]:
+        """Write an artifact that `rankopt.load` reads; returns what the reloaded model measures.
+
+        `exports` names further formats, such as ``onnx`` and ``pt2``.
+        """
+        return self._search().save(self, directory, force=force, exports=exports)
 
     def _search(self) -> Any:
         if self._owner is None:
@@ -106,6 +109,11 @@ class Result:
         Raises:
             InfeasibleError: none keeps them; says what is reachable among the measured plans.
         """
+        return self.top(1, limits)[0]
+
+    def top(self, n: int, limits: Sequence[Limit | str] | None = None) -> list[Entry]:
+        """The `n` best entries within the limits, best first, in the order that `best` takes the first of; fewer where
+        there are not so many. Raises as `best` does."""
         wanted = (
             self.limits if limits is None else tuple(parse_limit(li) if isinstance(li, str) else li for li in limits)
         )
@@ -115,7 +123,16 @@ class Result:
             raise InfeasibleError(self._nearest(known, wanted))
         complete = [e for e in good if all(e.measurements.get(measured_key(o)) is not None for o in self.objectives)]
         good = complete or good
-        return min([e for e in good if not _slower(e)] or good, key=self._order(wanted))
+        order = self._order(wanted)
+        return sorted(good, key=lambda e: (_slower(e), *order(e)))[:n]
+
+    def knee(self) -> Entry:
+        """The entry of the front farthest below the line between the front's ends: where more compression begins to
+        cost much more quality. Raises `InfeasibleError` when nothing keeps the limits."""
+        found = [e for e in self.front if e.feasible]
+        if not found:
+            return self.best()  # raises, and says what is reachable
+        return found[knee([minimized(e.measurements, self.objectives) for e in found])]
 
     def _order(self, limits: Sequence[Limit]) -> Callable[[Entry], tuple[float, ...]]:
         costs = [q for q in self.objectives if q not in ("accuracy", "kl")] or ["macs"]

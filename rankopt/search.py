@@ -21,6 +21,7 @@ from rankopt.calibration import CalibrationOptions
 from rankopt.candidates import Group, candidates, default_memory, factor_cache
 from rankopt.cost import Cost
 from rankopt.cost import count as count_costs
+from rankopt.dense_source import source_of
 from rankopt.devices import Devices
 from rankopt.divergence import Divergence
 from rankopt.errors import DataError, InputError, PlanError, UncountedOperationError
@@ -195,7 +196,7 @@ class Search:
             targets=file.make_targets() if targets is None else targets,
             cache=file.cache_folder,
             retargeted=file.study_on(targets) != file.name,
-            source=None if spec.partition(":")[0].endswith(".py") else spec,
+            source=source_of(spec, file.model.args),
         )
 
     @cached_property
@@ -336,10 +337,12 @@ class Search:
             raise DataError("test: the study has no test split")
         return self.evaluator.quality(module, batches)
 
-    def save(self, entry: Entry, directory: str | Path, force: bool = False) -> dict[str, Any]:
-        """Build an entry, save it, load it back and measure what was loaded.
+    def save(
+        self, entry: Entry, directory: str | Path, force: bool = False, exports: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Build an entry, save it (with exports in these formats), load it back and measure what was loaded.
 
         Returns:
             ``{"validation": {...}, "test": {...} or None}``, measured on the reloaded model.
         """
-        return saved(self, entry, Path(directory), force)
+        return saved(self, entry, Path(directory), force, exports)

@@ -107,6 +107,12 @@ class CallSpec(Strict):
     args: dict[str, Any] = Field(default_factory=dict)
 
 
+class ModelSpec(CallSpec):
+    """What makes the model, and a checkpoint of weights for it (a path beside the study file; None: as it is made)."""
+
+    weights: str | None = Field(None, min_length=1)
+
+
 class SplitSpec(Strict):
     """How much of a split is used (None: all), and the batch size for data that do not come in batches."""
 
@@ -142,7 +148,7 @@ class StudyFile(Strict):
 
     name: Annotated[str, BeforeValidator(_name)] = "study"
     description: str = ""
-    model: Annotated[CallSpec, _short("call")]
+    model: Annotated[ModelSpec, _short("call")]
     data: Annotated[CallSpec, _short("call")]
     metric: Annotated[str, BeforeValidator(_metric)] = "accuracy"
     example_input: Any = None
@@ -242,6 +248,10 @@ class StudyFile(Strict):
         """Where trials are kept: ``storage``, or ``runs/NAME.db`` beside the study file."""
         return storage_url(self.storage or f"runs/{self.name}.db", self.base_dir)
 
+    def with_weights(self, path: Path) -> StudyFile:
+        """The same study of other weights."""
+        return self.model_copy(update={"model": self.model.model_copy(update={"weights": str(path.resolve())})})
+
     def load_space(self) -> Space:
         """The search space that the study names or holds."""
         try:
@@ -251,12 +261,16 @@ class StudyFile(Strict):
             raise error if inline else StudyFileError(f"{self._path}: space: {error}") from None
 
     def build_model(self) -> nn.Module:
-        """Call what ``model`` names."""
+        """Call what ``model`` names, and load the weights if there are any."""
         from torch import nn
 
         model = self._called("model")
         if not isinstance(model, nn.Module):
             raise StudyFileError(f"{self._path}: model.call: must return a torch.nn.Module, got {type(model).__name__}")
+        if self.model.weights is not None:
+            from rankopt.checkpoint import load_checkpoint
+
+            load_checkpoint(model, self.base_dir / Path(self.model.weights).expanduser())
         return model
 
     def splits(self) -> dict[str, list[Batch]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from saved_models import rehash
 from torch import Tensor, nn
 
 from rankopt.artifact import load, read_measurements, save
@@ -120,7 +121,9 @@ def test_the_given_dense_model_is_not_changed(saved: Path) -> None:
 
 def test_files(saved: Path) -> None:
     names = {p.name for p in saved.iterdir()}
-    assert names == {"plan.json", "model.safetensors", "measurements.json", "environment.json", "README.md"}
+    assert names == {"plan.json", "model.safetensors", "measurements.json", "environment.json", "README.md"} | {
+        "manifest.json"
+    }
     assert list(saved.parent.iterdir()) == [saved]
     assert Plan.load(saved).layers == PLAN_LAYERS
     assert read_measurements(saved) == MEASURED
@@ -280,6 +283,7 @@ def test_dense_models_that_are_none(saved: Path, given: Any, says: str) -> None:
 def test_recorded_sources_are_addresses_only(saved: Path, source: Any) -> None:
     record = json.loads((saved / "environment.json").read_text())
     (saved / "environment.json").write_text(json.dumps({**record, "source": source}))
+    rehash(saved)
     with pytest.raises(ArtifactError, match="pass model="):
         load(saved)
     with pytest.raises(ArtifactError, match=r"needs package\.module:Name"):
@@ -293,9 +297,11 @@ def test_recorded_sources_are_addresses_only(saved: Path, source: Any) -> None:
 def test_recorded_sources_are_modules_only(saved: Path, source: str) -> None:
     record = json.loads((saved / "environment.json").read_text())
     (saved / "environment.json").write_text(json.dumps({**record, "source": source}))
+    rehash(saved)
     with pytest.raises(ArtifactError, match="pass model="):
         load(saved)
     (saved / "environment.json").write_text(json.dumps({**record, "source": f"{__name__}:make_net"}))
+    rehash(saved)
     assert isinstance(load(saved), Net)
 
 
@@ -306,8 +312,10 @@ def test_annotations_written_as_text(saved: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "a_zoo_of_models", module)
     record = json.loads((saved / "environment.json").read_text())
     (saved / "environment.json").write_text(json.dumps({**record, "source": "a_zoo_of_models:net"}))
+    rehash(saved)
     assert isinstance(load(saved), Net)
     (saved / "environment.json").write_text(json.dumps({**record, "source": "a_zoo_of_models:lost"}))
+    rehash(saved)
     with pytest.raises(ArtifactError, match=r"neither an nn\.Module class nor"):
         load(saved)
 
@@ -363,6 +371,7 @@ def rewrite(path: Path, change: Any) -> None:
 )
 def test_entries_that_do_not_fit(saved: Path, change: Any, says: str) -> None:
     rewrite(saved / "model.safetensors", change)
+    rehash(saved)
     with pytest.raises(ArtifactError, match=says) as caught:
         load(saved)
     assert "\n" not in caught.value.message
@@ -384,6 +393,7 @@ def test_entries_that_do_not_fit(saved: Path, change: Any, says: str) -> None:
 def test_damaged_tensors(saved: Path, content: Any) -> None:
     path = saved / "model.safetensors"
     path.write_bytes(content(path.read_bytes()))
+    rehash(saved)
     with pytest.raises(ArtifactError, match=r"model\.safetensors: is damaged") as caught:
         load(saved)
     assert "\n" not in caught.value.message
@@ -395,6 +405,7 @@ def test_damaged_tensors(saved: Path, content: Any) -> None:
 @pytest.mark.parametrize("name", ["plan.json", "environment.json"])
 def test_damaged_json(saved: Path, name: str, content: bytes) -> None:
     (saved / name).write_bytes(content)
+    rehash(saved)
     with pytest.raises(ArtifactError, match=name) as caught:
         load(saved)
     assert "\n" not in caught.value.message

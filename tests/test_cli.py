@@ -128,7 +128,7 @@ class FakeSearch:
     def evaluate(self, plan: Plan) -> FakeEntry:
         return FakeEntry(-1, {"accuracy": 90.0}, True, plan)
 
-    def save(self, entry: FakeEntry, directory: Path, force: bool = False) -> dict[str, Any]:
+    def save(self, entry: FakeEntry, directory: Path, force: bool = False, exports: Any = ()) -> dict[str, Any]:
         self.calls.append(("save", entry.trial, str(directory), force))
         return {"validation": {"accuracy": 97.5, "macs": 9e5}, "test": {"accuracy": 97.0, "macs": 9e5}}
 
@@ -280,7 +280,7 @@ BAD: dict[str, tuple[list[str], str]] = {
         "layers.0: svd: rank",
     ),
     "plan schema": (["apply", "{dir}/old.json", "--study", "{study}", "--out", "{dir}/o"], "schema must be 1, got 7"),
-    "not a plan": (["apply", "{study}", "--study", "{study}", "--out", "{dir}/o"], "not valid JSON"),
+    "not a plan": (["apply", "{study}", "--study", "{study}", "--out", "{dir}/o"], "unknown key 'data'"),
 }
 
 

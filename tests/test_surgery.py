@@ -147,6 +147,17 @@ def test_hooks_and_references_outside_the_tree_follow() -> None:
     assert model.fc._forward_hooks is not new.fc._forward_hooks
 
 
+def test_a_replaced_layer_still_tells_its_dtype() -> None:
+    """Models of transformers read it off the weight."""
+    layer = nn.Linear(6, 5, dtype=torch.float64)
+    small: Any = apply(layer, Plan({"": LayerChoice("svd", {"rank": 2})}))
+    assert small.weight.dtype == torch.float64
+    assert small.weight.device == layer.weight.device
+    assert set(small.state_dict()) == {"0.weight", "1.weight", "1.bias"}
+    with pytest.raises(AttributeError):
+        small.weight.shape  # noqa: B018
+
+
 def test_backward_hooks_follow() -> None:
     model, count = nn.Sequential(nn.Linear(4, 4)), Count()
     model[0].register_full_backward_hook(lambda *a: count(*a))

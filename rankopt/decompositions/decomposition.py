@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from rankopt.decompositions.metric import Metric
 from rankopt.errors import LayerError
 from rankopt.layer_spec import LayerSpec
+from rankopt.nn.chain import Chain
 from rankopt.nn.folded import Folded
 
 # Whole numbers, or integer arrays when many ranks are costed at once.
@@ -151,7 +152,7 @@ class Decomposition(ABC):
             _module(layer, stage, weight, bias if n == len(stages) - 1 else None)
             for n, (stage, weight) in enumerate(zip(stages, weights, strict=True))
         ]
-        return nn.Sequential(*modules)
+        return Chain(*modules)
 
     @abstractmethod
     def ranks_of(self, layer: LayerSpec, weights: Sequence[Tensor]) -> dict[str, int]:

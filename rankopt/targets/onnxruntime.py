@@ -101,6 +101,20 @@ class OnnxRuntime(MemoryTarget):
         return lambda: session.run(None, feed)
 
 
+def session(model: bytes) -> Any:
+    """A session on the CPU with one thread, which logs nothing; raises what ONNX Runtime raises."""
+    runtime = _runtime()
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = 1, 1
+    options.log_severity_level = _FATAL
+    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def runtime_version() -> str:
+    """Name and version of what runs an ONNX model."""
+    return f"onnxruntime {_runtime().__version__}"
+
+
 def write_onnx(subject: Subject, folder: Path) -> None:
     """Write a subject as an ONNX file, and its inputs beside it."""
     import numpy as np

@@ -6,10 +6,25 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from rankopt import cli_show
+from rankopt.cli_options import (
+    Force,
+    Json,
+    Limits,
+    Out,
+    Quiet,
+    Storage,
+    Study,
+    Targets,
+    limits_of,
+    storage_of,
+    targets_of,
+)
+from rankopt.cli_watch import watched
 from rankopt.errors import InputError, RankoptError
 from rankopt.handover import (
     check_free,
@@ -24,32 +39,7 @@ from rankopt.handover import (
     save,
 )
 
-if TYPE_CHECKING:
-    from rankopt.limits import Limit
-    from rankopt.targets.target import Target
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-Study = Annotated[Path, typer.Argument(metavar="STUDY", help="The study, a YAML file.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Out = Annotated[Path, typer.Option(metavar="DIR", help="Where the compressed model is written.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace a saved model in DIR.")]
-Limits = Annotated[
-    list[str] | None,
-    typer.Option("--limit", metavar="LIMIT", help="E.g. 'macs<=50%' or 'accuracy>=-0.5'; replaces those of the study."),
-]
-Storage = Annotated[
-    str | None, typer.Option(metavar="URL", help="Where trials are kept: an Optuna storage URL, or a .db file.")
-]
-
-Targets = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--target",
-        metavar="TARGET",
-        help="Where latency is measured, e.g. onnxruntime or torch:threads=2; replaces those of the study.",
-    ),
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -64,6 +54,11 @@ def rankopt(
     rankopt front  studies/digits.yaml           the plans that no other one beats
     rankopt export studies/digits.yaml --out m   write the best one within the limits
     rankopt bench  studies/digits.yaml           measure it beside the dense model
+    rankopt report studies/digits.yaml --out r.html   all of it as one HTML page
+
+    \b
+    Exit status: 0 done; 1 a fault of rankopt itself, or nobody reads its output;
+    2 wrong input, or nothing keeps the limits (one line says what); 130 interrupted.
     """
     if version:
         from importlib.metadata import version as installed
@@ -117,7 +112,13 @@ def search(
     seed: Annotated[int | None, typer.Option(min=0, metavar="S", help="Replaces the seed of the study.")] = None,
     force: Force = False,
     target: Targets = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write what every trial measures for TensorBoard, too.")
+    ] = None,
+    mlflow: Annotated[str | None, typer.Option(metavar="URI", help="And to this MLflow server or store.")] = None,
+    log: Annotated[Path | None, typer.Option(metavar="FILE", help="Append a log of the run to this file.")] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Search for the best plans under the limits. Running it again goes on where it stopped.
 
@@ -127,27 +128,29 @@ def search(
     rankopt search studies/digits.yaml --out compressed --json
     rankopt search studies/digits.yaml --target onnxruntime --limit 'latency<=0.6x'
     """
-    from rankopt.progress import shown
     from rankopt.study_file import load_study
     from rankopt.tables import front_row, front_table
 
-    file, limits, targets = load_study(study), _limits(limit), _targets(target)
+    file, limits, targets = load_study(study), limits_of(limit), targets_of(target)
     if out is not None:
         check_free(out, force)
-    from rankopt.search import Search  # last: what can be refused at once needs no torch
+    with watched(file, tensorboard, mlflow, log, quiet) as progress:
+        from rankopt.search import Search  # last: what can be refused at once needs no torch
 
-    run = Search.from_study(file, limits=limits, trials=trials, storage=_storage(storage), seed=seed, targets=targets)
-    with shown(console_for(stderr=True)) as progress:
+        url = storage_of(storage)
+        run = Search.from_study(file, limits=limits, trials=trials, storage=url, seed=seed, targets=targets)
         result = run.run(progress=progress)
+        best = result.best(limits)
+        saved, dense_test = save(run, best, out, force) if out is not None else ({}, None)
     rows = [front_row(entry) for entry in result.front]
-    best = result.best(limits)
-    saved, dense_test = save(run, best, out, force) if out is not None else ({}, None)
     if as_json:
         print_json(
             {"front": rows, "best": front_row(best), "dense": result.dense, "out": str(out) if out else None}
             | {"notes": run.notes()}
             | {"validation": saved.get("validation"), "test": saved.get("test"), "dense_test": dense_test}
         )
+        return
+    if quiet:
         return
     console = console_for()
     console.print(front_table(rows, result.dense, best.trial))
@@ -174,9 +177,9 @@ def front(
     from rankopt.study_file import load_study
     from rankopt.tables import front_row, front_table
 
-    file, limits = load_study(study), _limits(limit)
-    name = file.study_on(_targets(target))
-    result = read_result(_storage(storage) or file.storage_url, name, limits=limits or file.limits)
+    file, limits = load_study(study), limits_of(limit)
+    name = file.study_on(targets_of(target))
+    result = read_result(storage_of(storage) or file.storage_url, name, limits=limits or file.limits)
     rows = [front_row(entry) for entry in result.front]
     if as_json:
         print_json(rows)
@@ -197,6 +200,7 @@ def export(
     target: Targets = None,
     force: Force = False,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write a trial's compressed model: plan.json, safetensors, measurements. The best one within the limits, or N.
 
@@ -207,16 +211,19 @@ def export(
     from rankopt.ledger import read_result
     from rankopt.study_file import load_study
 
-    file, limits, targets = load_study(study), _limits(limit), _targets(target)
+    file, limits, targets = load_study(study), limits_of(limit), targets_of(target)
     check_free(out, force)
-    url = _storage(storage) or file.storage_url
+    url = storage_of(storage) or file.storage_url
     result = read_result(url, file.study_on(targets), limits=limits or file.limits)
     entry = chosen(result, trial, limits or file.limits, file.name)
     from rankopt.search import Search
 
     run = Search.from_study(file, limits=limits, storage=url, targets=targets)
     run.recorded = result
-    finish(run, entry, out, force, as_json)
+    if quiet and not as_json:
+        save(run, entry, out, force)
+    else:
+        finish(run, entry, out, force, as_json)
 
 
 @app.command()
@@ -226,6 +233,7 @@ def apply(
     out: Out,
     force: Force = False,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Carry out a plan on a study's model, measure it, and write it.
 
@@ -240,7 +248,11 @@ def apply(
     from rankopt.search import Search
 
     run = Search.from_study(file)
-    finish(run, run.evaluate(decided), out, force, as_json)
+    entry = run.evaluate(decided)
+    if quiet and not as_json:
+        save(run, entry, out, force)
+    else:
+        finish(run, entry, out, force, as_json)
 
 
 @app.command()
@@ -273,7 +285,7 @@ def bench(
     from rankopt.study_file import load_study
     from rankopt.targets import make
 
-    targets = _targets(target)
+    targets = targets_of(target)
     if model.is_dir():
         if trial is not None or storage is not None:
             raise InputError(f"{model}: is a saved model; --trial and --storage belong to a study")
@@ -281,7 +293,7 @@ def bench(
     else:
         if study is not None:
             raise InputError(f"--study: belongs to a saved model's folder, and {model} is none")
-        given = compared_by(load_study(model), targets, trial, _storage(storage), shape)
+        given = compared_by(load_study(model), targets, trial, storage_of(storage), shape)
     chosen_targets = targets or list(given.targets) or [make("torch")]
     if batch is not None:
         chosen_targets = [t if t.batch else t.model_copy(update={"batch": batch}) for t in chosen_targets]
@@ -294,8 +306,15 @@ def bench(
         print_bench(rows)
 
 
+for verb in (cli_show.report, cli_show.plot, cli_show.trials):
+    app.command()(verb)
+
+
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; returns the exit status: 0, 2 for wrong input and broken limits, 130 when interrupted.
+
+    1 where nobody reads the output; what is not expected is raised, and Python ends with 1 and the traceback.
+    """
     try:
         code = typer.main.get_command(app).main(args=args, prog_name="rankopt", standalone_mode=False)
         sys.stdout.flush()
@@ -319,21 +338,3 @@ def main(args: Sequence[str] | None = None) -> int:
 def _fail(message: str) -> int:
     print(f"rankopt: error: {message}", file=sys.stderr)
     return 2
-
-
-def _limits(texts: list[str] | None) -> list[Limit] | None:
-    from rankopt.limits import parse_limit
-
-    return [parse_limit(text) for text in texts] if texts else None
-
-
-def _targets(texts: list[str] | None) -> list[Target] | None:
-    from rankopt.targets import read
-
-    return [read(text) for text in texts] if texts else None
-
-
-def _storage(text: str | None) -> str | None:
-    from rankopt.study_file import storage_url
-
-    return storage_url(text, Path()) if text else None

@@ -136,7 +136,8 @@ def _run(
             raise RankoptError(f"{len(failures)} trials failed in a row; the last: {failures[-1]}")
         done += 1
         result = gathered(study, limits, measured.values())
-        progress(_progress(result, done, trials, time.perf_counter() - start))
+        told = entries_of([study.get_trials(deepcopy=False)[trial.number]], limits, study.user_attrs[DENSE])
+        progress(_progress(result, done, trials, time.perf_counter() - start, next(iter(told), None)))
 
 
 def confirm_best(study: optuna.Study, limits: Sequence[Limit], again: Callable[[Entry], Mapping[str, float]]) -> None:
@@ -307,12 +308,12 @@ def _counts(trial: FrozenTrial) -> bool:
     return trial.state.is_finished() and trial.user_attrs.get(REASON) != _INTERRUPTED
 
 
-def _progress(result: Result, done: int, total: int, seconds: float) -> Progress:
+def _progress(result: Result, done: int, total: int, seconds: float, entry: Entry | None) -> Progress:
     try:
         best: Mapping[str, float | None] | None = result.best().measurements
     except RankoptError:
         best = None
-    return Progress(done, total, seconds, best, volume(result))
+    return Progress(done, total, seconds, best, volume(result), entry=entry)
 
 
 def volume(result: Result) -> float:

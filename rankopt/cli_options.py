@@ -1,0 +1,54 @@
+"""Options that several verbs of the command line share, and how their texts are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rankopt.limits import Limit
+    from rankopt.targets.target import Target
+
+Study = Annotated[Path, typer.Argument(metavar="STUDY", help="The study, a YAML file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only (and JSON, with --json).")]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Where the compressed model is written.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a saved model in DIR.")]
+Limits = Annotated[
+    list[str] | None,
+    typer.Option("--limit", metavar="LIMIT", help="E.g. 'macs<=50%' or 'accuracy>=-0.5'; replaces those of the study."),
+]
+Storage = Annotated[
+    str | None, typer.Option(metavar="URL", help="Where trials are kept: an Optuna storage URL, or a .db file.")
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target",
+        metavar="TARGET",
+        help="Where latency is measured, e.g. onnxruntime or torch:threads=2; replaces those of the study.",
+    ),
+]
+
+
+def limits_of(texts: list[str] | None) -> list[Limit] | None:
+    """What ``--limit`` says; raises `LimitError`."""
+    from rankopt.limits import parse_limit
+
+    return [parse_limit(text) for text in texts] if texts else None
+
+
+def targets_of(texts: list[str] | None) -> list[Target] | None:
+    """What ``--target`` says; raises `InputError`."""
+    from rankopt.targets import read
+
+    return [read(text) for text in texts] if texts else None
+
+
+def storage_of(text: str | None) -> str | None:
+    """What ``--storage`` says, as a URL."""
+    from rankopt.study_file import storage_url
+
+    return storage_url(text, Path()) if text else None

@@ -1,4 +1,4 @@
-"""Writes docs/cli.md: what every verb's --help says, at 80 columns. `make docs` runs it, tests/test_cli_docs.py checks it."""
+"""Writes docs/cli.md, what every verb's --help says at 80 columns. `make docs` runs it, a test compares."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ HERE = Path(__file__).parent
 HEAD = """\
 # Command line
 
-Written by `make docs` from the program's own `--help`; a test compares them. The [README](../README.md) shows how the verbs go together.
+Written by `make docs` from the program's own `--help`; a test compares them.
+The [README](../README.md) shows how the verbs go together.
 
 | exit status | |
 |---|---|
 | 0 | done |
-| 1 | a fault of rankopt itself, with a traceback; or nobody reads its output any more (`rankopt front STUDY \\| head -1`) |
+| 1 | a fault of rankopt itself, with a traceback; or nobody reads its output any more (as with `head -1`) |
 | 2 | wrong input, or no plan keeps the limits; one line on stderr says what, and nothing is half-written |
 | 130 | interrupted (Ctrl-C); what was measured is kept, the same command goes on |
 
-Results go to stdout, progress and errors to stderr. `--json` prints JSON and nothing else on stdout, `--quiet` prints errors only. There is
-colour on a terminal only, and never where `NO_COLOR` is set. `search --log FILE` appends what was told, with times, warnings and tracebacks.
+Results go to stdout, progress and errors to stderr. `--json` prints JSON and nothing else on stdout, `--quiet`
+prints errors only. There is colour on a terminal only, and never where `NO_COLOR` is set. `search --log FILE`
+appends what was told, with times, warnings and tracebacks.
 """
 
 

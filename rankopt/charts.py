@@ -21,9 +21,16 @@ if TYPE_CHECKING:
 GREY, LIMIT = "#8a8f98", "#d1383d"
 # Okabe and Ito's colours, which colour-blind people tell apart, without the yellow that nobody sees on white.
 _METHODS = {
-    "dense": GREY, "svd": "#0072b2", "svd_in": "#56b4e9", "spatial_svd": "#009e73", "tucker2": "#e69f00",
-    "tucker": "#9a6f00", "cp": "#cc79a7", "tensor_train": "#d55e00", "tensor_ring": "#7a5ea8",
-}  # fmt: skip
+    "dense": GREY,
+    "svd": "#0072b2",
+    "svd_in": "#56b4e9",
+    "spatial_svd": "#009e73",
+    "tucker2": "#e69f00",
+    "tucker": "#9a6f00",
+    "cp": "#cc79a7",
+    "tensor_train": "#d55e00",
+    "tensor_ring": "#7a5ea8",
+}
 _OTHERS = ("#4b7f52", "#b04a76", "#3f5fa8", "#8c5a3c", "#2f8f9d")
 _MANY = 14  # changed layers that a point names; parameters that importances are shown of
 
@@ -171,7 +178,9 @@ def front(result: Result, cost: str, quality: str) -> Chart:
             series.append(Series(kind, name, xs, ys, colour, [told(e) for e in own], [e.trial for e in own], symbol))
     if best is not None and best.trial in places:
         x, y = places[best.trial]
-        series.append(Series("points", "best within the limits", [x], [y], "#e69f00", [told(best)], [best.trial], "ring"))
+        series.append(
+            Series("points", "best within the limits", [x], [y], "#e69f00", [told(best)], [best.trial], "ring")
+        )
     values = [y for _, y in places.values()]
     logarithmic = ["y"] if quality == "kl" and min(values) > 0 and max(values) > 20 * min(values) else []
     dense_x = 100.0 if cost.endswith("_kept") else result.dense.get(cost)
@@ -240,10 +249,21 @@ def layers(costs: LayerCosts, entry: Entry, quantity: str, methods: Sequence[str
         before = [d.latency.get(label) if label else float(getattr(d, quantity)) for d in dense.values()]
         if all(v is None for v in before):
             return Chart(key, title, axis, "", categories=names, empty=f"latencies on {label} are not known here")
-        series.append(Series("back", "dense model", before, names, GREY, [f"{n}\ndense: {_n(v)}" for n, v in zip(names, before, strict=True)]))  # fmt: skip
+        series.append(
+            Series(
+                "back",
+                "dense model",
+                before,
+                names,
+                GREY,
+                [f"{n}\ndense: {_n(v)}" for n, v in zip(names, before, strict=True)],
+            )
+        )
     for name in methods or list(dict.fromkeys(c.method for c in choices.values())):
         own = [value(n) if choices[n].method == name else None for n in names]
-        texts = [f"{n}\n{choices[n]}: {_n(v)}{' %' if quantity == 'rank' else ''}" for n, v in zip(names, own, strict=True)]
+        texts = [
+            f"{n}\n{choices[n]}: {_n(v)}{' %' if quantity == 'rank' else ''}" for n, v in zip(names, own, strict=True)
+        ]
         sizes = [marker_size(known[n].rank) if choices[n].method == name else 0.0 for n in names]
         kind: Literal["points", "bars"] = "points" if quantity == "rank" else "bars"
         series.append(Series(kind, name, own, names, colour_of(name), texts, sizes=sizes if kind == "points" else ()))
@@ -298,10 +318,15 @@ def volumes(history: History) -> Chart:
     if not found:
         return Chart(*axes, empty="no plan was measured")
     numbers = [n for n, _, _ in found]
-    texts = [[f"trial {n}\nhypervolume {v:.4f}" for n, v in zip(numbers, own, strict=True)] for own in zip(*[f[1:] for f in found], strict=True)]  # fmt: skip
+    texts = [
+        [f"trial {n}\nhypervolume {v:.4f}" for n, v in zip(numbers, own, strict=True)]
+        for own in zip(*[f[1:] for f in found], strict=True)
+    ]
     series = [Series("steps", "all measured plans", numbers, [a for _, _, a in found], GREY, texts[1], numbers)]
     if found[-1][1] > 0:
-        series.append(Series("steps", "within the limits", numbers, [k for _, k, _ in found], "#0072b2", texts[0], numbers))
+        series.append(
+            Series("steps", "within the limits", numbers, [k for _, k, _ in found], "#0072b2", texts[0], numbers)
+        )
     last = found[-1][1] or found[-1][2]
     return Chart(*axes, series, summary=f"The hypervolume reached {last:.3f} in {len(history.trials)} trials.")
 
@@ -327,7 +352,9 @@ def pick(keys: Sequence[str], wanted: str | None, what: str) -> str:
         raise InputError(f"{what}: the study measured none")
     if wanted is None:
         return keys[0]
-    fitting = [k for k in keys if k == wanted or k.startswith((f"{wanted}_", f"{wanted}@", wanted.replace("@", "_ms@")))]
+    fitting = [
+        k for k in keys if k == wanted or k.startswith((f"{wanted}_", f"{wanted}@", wanted.replace("@", "_ms@")))
+    ]
     if not fitting:
         raise InputError(f"{what}: {wanted!r} was not measured; there are {', '.join(keys)}")
     return fitting[0]

@@ -128,18 +128,14 @@ def trials(
         console_for().print(trial_table.trials_table(history))
 
 
-def _history(
-    file: StudyFile, limit: list[str] | None, storage: str | None, targets: list[Target] | None
-) -> History:
+def _history(file: StudyFile, limit: list[str] | None, storage: str | None, targets: list[Target] | None) -> History:
     limits = limits_of(limit)
     from rankopt.history import read_history
 
     return read_history(storage_of(storage) or file.storage_url, file.study_on(targets), limits or file.limits)
 
 
-def _costs(
-    file: StudyFile, history: History, targets: list[Target] | None, notes: list[str]
-) -> LayerCosts | None:
+def _costs(file: StudyFile, history: History, targets: list[Target] | None, notes: list[str]) -> LayerCosts | None:
     """What layers cost; None, with a note, where the model can't be had."""
     from rankopt.layer_costs import layer_costs
 

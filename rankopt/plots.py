@@ -22,7 +22,7 @@ FORMATS = ("svg", "pdf", "png")
 _MARKERS = {"circle": "o", "open": "o", "cross": "x", "star": "*", "ring": "o"}
 _STYLE: dict[str, Any] = {
     "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-    "legend.fontsize": 7, "svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "rankopt", "axes.unicode_minus": True,
+    "legend.fontsize": 7, "svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "rankopt",
 }  # fmt: skip
 
 
@@ -106,7 +106,13 @@ def _series(series: Series, axes: Axes, places: dict[str, int]) -> None:
             return
         back = series.kind == "back"
         axes.barh(
-            ys, xs, height=0.8 if back else 0.5, color=series.colour, alpha=0.3 if back else 1.0, label=name, linewidth=0
+            ys,
+            xs,
+            height=0.8 if back else 0.5,
+            color=series.colour,
+            alpha=0.3 if back else 1.0,
+            label=name,
+            linewidth=0,
         )
     elif series.kind == "steps":
         axes.step(xs, ys, where="post", color=series.colour, label=name, linewidth=1.2)

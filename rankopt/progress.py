@@ -44,7 +44,13 @@ class Pace:
         each = self.seconds
         if each is None or not progress.total:
             return []
-        rate = f"{1 / each:.1f} trials/s" if each < 1 else f"{each:.1f} s/trial" if each < 60 else f"{duration(each)}/trial"
+        rate = (
+            f"{1 / each:.1f} trials/s"
+            if each < 1
+            else f"{each:.1f} s/trial"
+            if each < 60
+            else f"{duration(each)}/trial"
+        )
         left = max(progress.total - progress.done, 0)
         return [rate, f"{duration(left * each)} left"] if left else [rate]
 

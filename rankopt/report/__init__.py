@@ -242,7 +242,9 @@ def _facts(history: History) -> list[tuple[str, str]]:
     result, states = history.result, [t.state for t in history.trials]
     counts = {state: states.count(state) for state in dict.fromkeys(states)}
     dense = result.dense
-    parts = [f"{compact(dense[key])} {name}" for key, name in (("macs", "MACs"), ("params", "parameters")) if key in dense]
+    parts = [
+        f"{compact(dense[key])} {name}" for key, name in (("macs", "MACs"), ("params", "parameters")) if key in dense
+    ]
     parts += [f"accuracy {dense['accuracy']:.2f}"] if "accuracy" in dense else []
     parts += [f"{charts.title_of(k)} {v:.4g}" for k, v in dense.items() if k.startswith(("latency_ms@", "peak_memory"))]
     return [

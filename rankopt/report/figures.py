@@ -51,7 +51,11 @@ def as_json(fig: Figure) -> dict[str, Any]:
 
 def _axis(chart: Chart, name: str) -> dict[str, Any]:
     title = chart.x if name == "x" else chart.y
-    axis: dict[str, Any] = {"title": {"text": escape(title), "font": {"size": 12}}, "automargin": True, "zeroline": False}
+    axis: dict[str, Any] = {
+        "title": {"text": escape(title), "font": {"size": 12}},
+        "automargin": True,
+        "zeroline": False,
+    }
     if name in chart.logarithmic:
         axis |= {"type": "log", "dtick": "D2", "exponentformat": "none"}
     if chart.categories and name == "y":

@@ -49,16 +49,17 @@ def rankopt(
     """Compress a trained PyTorch model by low-rank decomposition, under limits.
 
     \b
-    rankopt layers studies/digits.yaml           what can be decomposed, and what not and why
-    rankopt search studies/digits.yaml           search for the best plans (again: go on)
-    rankopt front  studies/digits.yaml           the plans that no other one beats
-    rankopt export studies/digits.yaml --out m   write the best one within the limits
-    rankopt bench  studies/digits.yaml           measure it beside the dense model
-    rankopt report studies/digits.yaml --out r.html   all of it as one HTML page
+    rankopt layers STUDY             what can be decomposed, and what not and why
+    rankopt search STUDY             search for the best plans (again: go on)
+    rankopt front  STUDY             the plans that no other one beats
+    rankopt export STUDY --out DIR   write the best one within the limits
+    rankopt bench  STUDY             measure it beside the dense model
+    rankopt report STUDY --out FILE  all of it as one HTML page
 
     \b
-    Exit status: 0 done; 1 a fault of rankopt itself, or nobody reads its output;
-    2 wrong input, or nothing keeps the limits (one line says what); 130 interrupted.
+    Exit status: 0 done; 1 a fault of rankopt itself, or nobody reads its
+    output; 2 wrong input, or nothing keeps the limits (one line says what);
+    130 interrupted.
     """
     if version:
         from importlib.metadata import version as installed

@@ -51,7 +51,11 @@ def report(
     costs = None if no_model else _costs(file, history, targets, notes)
     if no_model:
         notes.append("The model was not built (--no-model), so layers are shown without their costs.")
-    subject = Subject(str(study), file.name, file.description, costs, notes, storage)
+    options = [
+        *(["--storage", storage] if storage else []),
+        *(part for text in target or [] for part in ("--target", text)),
+    ]
+    subject = Subject(str(study), file.name, file.description, costs, notes, options)
     write_report(history, subject, out)
     if not quiet:
         for note in notes:
@@ -79,7 +83,7 @@ def plot(
 
     \b
     rankopt plot front studies/digits.yaml --out front.svg
-    rankopt plot front studies/digits.yaml --cost params --quality kl --out front.pdf
+    rankopt plot front studies/digits.yaml --cost params --out front.pdf
     rankopt plot layers studies/digits.yaml --trial 4 --out layers.png
     """
     from rankopt import plots

@@ -23,8 +23,8 @@ def trial_rows(history: History) -> list[dict[str, Any]]:
     """A row of plain values for every trial; all have the same columns in the same order.
 
     ``trial``, ``state``, ``within_limits``, ``front``, ``reason``, ``begun`` (local time), ``seconds``, ``same_as``,
-    all that was measured, ``predicted_kl``, ``plan`` (its digest), ``param.NAME`` for what was proposed, ``layer.NAME`` for
-    what was chosen. What a trial does not have is None.
+    all that was measured, ``predicted_kl``, ``plan`` (its digest), ``param.NAME`` for what was proposed, ``layer.NAME``
+    for what was chosen. What a trial does not have is None.
     """
     on_front = {e.trial for e in history.result.front}
     measured = _keys(t.measurements for t in history.trials)

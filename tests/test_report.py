@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from browser import Opened, browser
 from recorded import recorded
 from test_charts import filled
@@ -21,6 +24,7 @@ from rankopt.study_file import load_study
 
 pytest.importorskip("plotly", reason="needs Plotly: pip install 'rankopt[report]'")
 
+ROOT = Path(__file__).parent.parent
 HOSTILE = ("<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", "\"'`${alert(3)}&amp; $x^2$")
 
 
@@ -76,6 +80,9 @@ def test_the_commands_of_the_page_run_as_they_stand(tmp_path: Path) -> None:
     plans = data_of(written(path))["plans"]
     command = shlex.split(next(iter(plans.values()))["command"])
     assert command[:3] == ["rankopt", "export", str(path)]
+    url = f"sqlite:///{folder}/runs/made up.db"
+    plans = data_of(written(path, "--storage", url))["plans"]
+    assert shlex.split(plans["0"]["command"])[3:5] == ["--storage", url]
 
 
 def test_no_model(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -304,4 +311,32 @@ def test_one_quality_at_a_time(chromium: Any, study: Path) -> None:
         assert page.locator('[data-chart="front kl macs_kept"]').is_visible()
         assert page.locator('[data-chart="front accuracy macs_kept"]').is_hidden()
         assert points(opened) > 0
+        opened.clean(out)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("name", "trials"), [("digits", 12), ("cifar10_resnet20", 3)])
+def test_reports_of_the_studies_that_come_along(
+    chromium: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, trials: int
+) -> None:
+    """Searched for real; the second needs the images of CIFAR-10."""
+    shutil.copytree(ROOT / "studies", tmp_path / "studies", ignore=shutil.ignore_patterns("runs", "records"))
+    study = tmp_path / "studies" / f"{name}.yaml"
+    root = Path(os.environ.get("RANKOPT_DATA") or ROOT.parent / "shared" / "data")
+    if name != "digits" and not (root / "cifar10").is_dir():
+        pytest.skip(f"needs CIFAR-10 in {root}; set RANKOPT_DATA")
+    monkeypatch.setenv("RANKOPT_DATA", str(root))
+    threads = torch.get_num_threads()
+    assert main(["search", str(study), "--trials", str(trials), "--quiet"]) == 0
+    torch.set_num_threads(threads)
+    out = tmp_path / "report.html"
+    assert main(["report", str(study), "--out", str(out), "--quiet"]) == 0
+    result = history_of(study).result
+    with Opened(chromium, out) as opened:
+        assert points(opened) >= len([e for e in result.entries if e.trial >= 0])
+        layers = opened.page.locator("#layertable tbody tr").count()
+        assert layers == len(layer_costs(load_study(study)).layers)
+        opened.page.locator("#best button.show").last.click()
+        assert opened.page.locator("#trial").input_value() == str(result.front[-1].trial)
         opened.clean(out)

@@ -47,7 +47,7 @@ class Subject:
         title, description: for people.
         costs: of the layers (None: the model was not built).
         notes: what the reader should know of the page itself.
-        storage: as it was given on the command line, for commands (None: the study's own).
+        options: that name this very study besides its file, for commands: ``--storage`` and ``--target``.
     """
 
     path: str
@@ -55,7 +55,7 @@ class Subject:
     description: str = ""
     costs: LayerCosts | None = None
     notes: Sequence[str] = ()
-    storage: str | None = None
+    options: Sequence[str] = ()
 
 
 def write_report(history: History, subject: Subject, out: Path) -> None:
@@ -229,12 +229,8 @@ def _dense_cells(history: History) -> list[str]:
 
 
 def _command(entry: Entry, subject: Subject) -> str:
-    return f"rankopt export {_quoted(subject)} --trial {entry.trial} --out trial-{entry.trial}"
-
-
-def _quoted(subject: Subject) -> str:
-    storage = f" --storage {shlex.quote(subject.storage)}" if subject.storage else ""
-    return f"{shlex.quote(subject.path)}{storage}"
+    options = ["--trial", str(entry.trial), "--out", f"trial-{entry.trial}"]
+    return shlex.join(["rankopt", "export", subject.path, *subject.options, *options])
 
 
 def _facts(history: History) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -107,3 +108,5 @@ def _add_rule(fig: Figure, rule: Rule, chart: Chart) -> None:
         annotation={"text": escape(rule.label), "font": {"size": 11, "color": LIMIT}},
         annotation_position="bottom left" if rule.axis == "x" else "bottom right",
     )  # fmt: skip
+    if rule.axis in chart.logarithmic:  # there a line is placed by its value, but a text by its logarithm
+        fig.layout.annotations[-1][rule.axis] = math.log10(rule.at)

@@ -125,9 +125,9 @@ def search(
 
     \b
     rankopt search studies/digits.yaml
-    rankopt search studies/digits.yaml --limit 'macs<=40%' --limit 'params<=60%' --trials 100
+    rankopt search studies/digits.yaml --limit 'macs<=40%' --limit 'params<=60%'
     rankopt search studies/digits.yaml --out compressed --json
-    rankopt search studies/digits.yaml --target onnxruntime --limit 'latency<=0.6x'
+    rankopt search studies/digits.yaml --target torch --limit 'latency<=0.6x'
     """
     from rankopt.study_file import load_study
     from rankopt.tables import front_row, front_table
@@ -280,7 +280,7 @@ def bench(
     """Measure a compressed model beside the dense one: latency, and peak memory where it is asked for.
 
     \b
-    rankopt bench studies/digits.yaml --target onnxruntime --target torch:threads=2
+    rankopt bench studies/digits.yaml --target torch --target onnxruntime
     rankopt bench compressed --study studies/digits.yaml --memory --batch 8
     """
     from rankopt.study_file import load_study

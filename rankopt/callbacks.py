@@ -44,7 +44,7 @@ class _Closing:
 
 
 class TensorBoard(_Closing):
-    """Scalars by trial: ``trial/…`` what it measured, ``best/…`` the best within the limits, ``hypervolume``.
+    """Scalars by trial: ``trial/…`` what it measured (with ``.`` for ``@``), ``best/…`` the best within the limits, ``hypervolume``.
 
     Args:
         folder: of the event files; a study that goes on continues there.
@@ -74,7 +74,7 @@ class TensorBoard(_Closing):
 
 
 class MLflow(_Closing):
-    """Metrics of an MLflow run by trial, named as those of `TensorBoard` with ``.`` for ``@``.
+    """Metrics of an MLflow run by trial, named as those of `TensorBoard`.
 
     The run is one of its own (the client is used, so an active run of yours is not touched), unless `run_id` names one.
 
@@ -118,7 +118,7 @@ class MLflow(_Closing):
         found = scalars(progress)
         if found:
             now, step = int(time.time() * 1000), _step(progress)
-            metrics = [Metric(key.replace("@", "."), value, now, step) for key, value in found.items()]
+            metrics = [Metric(key, value, now, step) for key, value in found.items()]
             self._client.log_batch(self.run_id, metrics=metrics)
 
     def close(self, failed: bool = False) -> None:
@@ -128,7 +128,7 @@ class MLflow(_Closing):
 
 
 def scalars(progress: Progress) -> dict[str, float]:
-    """What a search told as named numbers; nothing while there is no trial yet."""
+    """What a search told as named numbers, with ``.`` for ``@`` in their names; nothing while there is no trial yet."""
     found: dict[str, float] = {}
     if progress.entry is not None:
         found |= {f"trial/{k}": float(v) for k, v in progress.entry.measurements.items() if v is not None}
@@ -137,7 +137,7 @@ def scalars(progress: Progress) -> dict[str, float]:
         found |= {f"best/{k}": float(v) for k, v in progress.best.items() if v is not None}
     if progress.hypervolume is not None:
         found["hypervolume"] = progress.hypervolume
-    return found
+    return {key.replace("@", "."): value for key, value in found.items()}
 
 
 def _step(progress: Progress) -> int:

@@ -13,7 +13,7 @@ from rankopt.errors import InputError, RankoptError
 from rankopt.handover import chosen, console_for, print_json
 
 if TYPE_CHECKING:
-    from rankopt.charts import Chart
+    from rankopt.chart import Chart
     from rankopt.history import History
     from rankopt.layer_costs import LayerCosts
     from rankopt.study_file import StudyFile

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankopt.charts import LIMIT, Chart, Series
+from rankopt.chart import LIMIT, Chart, Series
 from rankopt.errors import InputError
 from rankopt.whole_file import replacing
 

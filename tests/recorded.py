@@ -108,8 +108,8 @@ def _trial(
     number: int, chance: random.Random, accuracy: bool, latency: bool, names: Sequence[str]
 ) -> optuna.trial.FrozenTrial:
     budget = 0.2 + 0.7 * chance.random()
-    ranks = {n: 1 + number % 3 + chance.randrange(0, 2) for n in names}
-    kept_dense = names[number % len(names)]
+    ranks = dict(zip(names, (1 + number % 5, 1 + number % 32, 1 + number % 3), strict=True))
+    kept_dense = names[0] if number % 2 else names[2]
     layers = {n: LayerChoice("dense") if n == kept_dense else LayerChoice("svd", {"rank": r}) for n, r in ranks.items()}
     kl = 0.5 * math.exp(-4 * budget) * (1 + 0.1 * chance.random())
     values = {"macs": 1536 * budget, "params": 1604 * budget, "macs_kept": budget, "params_kept": budget, "kl": kl}

@@ -12,6 +12,7 @@ from scipy.stats import spearmanr
 from test_history import history_of
 
 from rankopt import charts
+from rankopt.chart import colour_of
 from rankopt.errors import InputError
 from rankopt.latency_store import LatencyStore, default_path
 from rankopt.latency_table import LatencyTable
@@ -144,7 +145,7 @@ def test_the_picture_of_layers(tmp_path: Path) -> None:
         for n, name in enumerate(chart.categories):
             (own,) = [s for s in bars if s.x[n] is not None]
             assert own.name == entry.plan[name].method
-            assert own.colour == charts.colour_of(own.name)
+            assert own.colour == colour_of(own.name)
             assert own.x[n] <= back.x[n] + 1e-9 or quantity == "latency@device"  # type: ignore[operator]
     ranks = charts.layers(costs, entry, "rank")
     for n, name in enumerate(ranks.categories):

@@ -137,7 +137,7 @@ def test_points_are_there_and_a_click_shows_the_layers(chromium: Any, study: Pat
         )
         page.mouse.move(*place)
         page.wait_for_selector(".hoverlayer .hovertext")
-        assert f"trial {other.trial}" in page.locator(".hoverlayer").first.text_content()
+        assert f"trial {other.trial}" in page.locator(".hoverlayer .hovertext").first.text_content()
         page.mouse.click(*place)
         page.wait_for_function("t => document.getElementById('trial').value === String(t)", arg=other.trial)
         for n, name in enumerate(("stem", "body", "head")):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rankopt import charts
-from rankopt.charts import Chart
+from rankopt.chart import Chart, colour_of
 from rankopt.errors import InputError
 from rankopt.history import FRONT, History
 from rankopt.layer_costs import LayerCosts
@@ -155,7 +155,7 @@ def _data(history: History, subject: Subject, groups: Mapping[str, Sequence[Grou
         "plans": {e.trial: _plan(e, subject) for e in entries},
         "layers": _layers(entries, subject.costs),
         "methods": methods,
-        "colours": {name: charts.colour_of(name) for name in methods},
+        "colours": {name: colour_of(name) for name in methods},
         "times": list(subject.costs.times) if subject.costs else [],
     }
 

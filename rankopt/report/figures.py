@@ -7,7 +7,7 @@ import math
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from rankopt.charts import LIMIT, Chart, Rule, Series
+from rankopt.chart import LIMIT, Chart, Rule, Series
 from rankopt.errors import InputError
 
 if TYPE_CHECKING:

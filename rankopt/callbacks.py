@@ -44,7 +44,7 @@ class _Closing:
 
 
 class TensorBoard(_Closing):
-    """Scalars by trial: ``trial/…`` what it measured (with ``.`` for ``@``), ``best/…`` the best within the limits, ``hypervolume``.
+    """Scalars by trial: ``trial/…`` what it measured, ``best/…`` the best within the limits, ``hypervolume``.
 
     Args:
         folder: of the event files; a study that goes on continues there.

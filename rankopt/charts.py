@@ -80,10 +80,10 @@ def front(result: Result, cost: str, quality: str) -> Chart:
     entries = [e for e in result.entries if e.trial in places]
     best, on_front = best_of(result), {e.trial for e in result.front}
     any_kept = any(e.feasible for e in entries)
-    front_name = "front" if any_kept else "front, outside of the limits"
+    front_name = "front" if any_kept else "front, outside"
     parts = [
-        ("outside of the limits", "open", GREY, [e for e in entries if not e.feasible and e.trial not in on_front]),
-        ("beaten by another plan", "circle", GREY, [e for e in entries if e.feasible and e.trial not in on_front]),
+        ("outside", "open", GREY, [e for e in entries if not e.feasible and e.trial not in on_front]),
+        ("beaten", "circle", GREY, [e for e in entries if e.feasible and e.trial not in on_front]),
         (front_name, "circle", "#0072b2", [e for e in entries if e.trial in on_front]),
     ]
     series = []
@@ -97,9 +97,7 @@ def front(result: Result, cost: str, quality: str) -> Chart:
             series.append(Series(kind, name, xs, ys, colour, [told(e) for e in own], [e.trial for e in own], symbol))
     if best is not None and best.trial in places:
         x, y = places[best.trial]
-        series.append(
-            Series("points", "best within the limits", [x], [y], "#e69f00", [told(best)], [best.trial], "ring")
-        )
+        series.append(Series("points", "best", [x], [y], "#e69f00", [told(best)], [best.trial], "ring"))
     values = [y for _, y in places.values()]
     logarithmic = ["y"] if quality == "kl" and min(values) > 0 and max(values) > 20 * min(values) else []
     dense_x = 100.0 if cost.endswith("_kept") else result.dense.get(cost)

@@ -41,7 +41,7 @@ def test_every_measured_plan_is_a_point_of_the_front(tmp_path: Path) -> None:
     (dense,) = [s for s in chart.series if s.name == "dense"]
     assert (dense.x, dense.y) == ([100.0], [90.0])
     assert [(r.axis, r.at, r.label) for r in chart.rules] == [("x", pytest.approx(80.0), "macs<=80%")]
-    outside = next(s for s in chart.series if s.name == "outside of the limits")
+    outside = next(s for s in chart.series if s.name == "outside")
     assert all(x > 80 for x in outside.x)
     best = next(s for s in chart.series if s.symbol == "ring")
     assert list(best.trials) == [result.best().trial]

@@ -49,15 +49,22 @@ def chromium() -> Iterator[Any]:
         yield started
 
 
-@pytest.fixture
-def study(tmp_path: Path) -> Path:
-    path = recorded(tmp_path)
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that tests only read."""
+    path = recorded(tmp_path_factory.mktemp("study"))
     filled(path)
     return path
 
 
-def test_the_page_says_what_was_found(study: Path) -> None:
-    text = written(study).read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def out(study: Path) -> Path:
+    """Its report."""
+    return written(study)
+
+
+def test_the_page_says_what_was_found(study: Path, out: Path) -> None:
+    text = out.read_text(encoding="utf-8")
     result = history_of(study).result
     assert "numbers by a formula" in text
     assert "macs&lt;=80%" in text
@@ -66,9 +73,7 @@ def test_the_page_says_what_was_found(study: Path) -> None:
     assert "1 × ValueError: &lt;b&gt;no&lt;/b&gt; convergence" in text
     for entry in result.front:
         assert f"rankopt export {study} --trial {entry.trial} --out trial-{entry.trial}" in text
-    assert set(data_of(Path(study.parent / "report.html"))["plans"]) == {
-        str(e.trial) for e in result.entries if e.trial >= 0
-    }
+    assert set(data_of(out)["plans"]) == {str(e.trial) for e in result.entries if e.trial >= 0}
 
 
 def test_the_commands_of_the_page_run_as_they_stand(tmp_path: Path) -> None:
@@ -85,7 +90,8 @@ def test_the_commands_of_the_page_run_as_they_stand(tmp_path: Path) -> None:
     assert shlex.split(plans["0"]["command"])[3:5] == ["--storage", url]
 
 
-def test_no_model(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = recorded(tmp_path)
     out = written(study, "--no-model")
     assert "The model was not built (--no-model)" in out.read_text(encoding="utf-8")
     (study.parent / "code.py").write_text("raise RuntimeError('gone')")
@@ -94,10 +100,10 @@ def test_no_model(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "gone" in out.read_text(encoding="utf-8")
 
 
-def test_what_can_not_be_written_is_one_line(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for out, expected in (("x.txt", "a report ends in .html"), ("study.yaml", "a report ends in .html")):
-        assert main(["report", str(study), "--out", str(study.parent / out)]) == 2
-        assert expected in capsys.readouterr().err
+def test_what_can_not_be_written_is_one_line(study: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("x.txt", "study.yaml"):
+        assert main(["report", str(study), "--out", str(study.parent / name)]) == 2
+        assert "a report ends in .html" in capsys.readouterr().err
     (study.parent / "folder.html").mkdir()
     assert main(["report", str(study), "--out", str(study.parent / "folder.html")]) == 2
     assert "is a folder" in capsys.readouterr().err
@@ -109,8 +115,7 @@ def points(opened: Opened) -> int:
     return opened.page.locator('[data-chart^="front"] .scatterlayer .trace .points path').count()
 
 
-def test_points_are_there_and_a_click_shows_the_layers(chromium: Any, study: Path) -> None:
-    out = written(study)
+def test_points_are_there_and_a_click_shows_the_layers(chromium: Any, study: Path, out: Path) -> None:
     result = history_of(study).result
     with Opened(chromium, out, viewport={"width": 1280, "height": 900}) as opened:
         page = opened.page
@@ -147,8 +152,7 @@ def test_points_are_there_and_a_click_shows_the_layers(chromium: Any, study: Pat
         opened.clean(out)
 
 
-def test_what_is_drawn_of_layers_is_what_python_says(chromium: Any, study: Path) -> None:
-    out = written(study)
+def test_what_is_drawn_of_layers_is_what_python_says(chromium: Any, study: Path, out: Path) -> None:
     result, costs = history_of(study).result, layer_costs(load_study(study))
     used = ["dense", "svd"]
     with Opened(chromium, out) as opened:
@@ -166,8 +170,7 @@ def test_what_is_drawn_of_layers_is_what_python_says(chromium: Any, study: Path)
         opened.clean(out)
 
 
-def test_the_keyboard_reaches_everything(chromium: Any, study: Path) -> None:
-    out = written(study)
+def test_the_keyboard_reaches_everything(chromium: Any, study: Path, out: Path) -> None:
     with Opened(chromium, out) as opened:
         page = opened.page
         first = page.locator("#best tbody button.show").first
@@ -193,8 +196,7 @@ def test_the_keyboard_reaches_everything(chromium: Any, study: Path) -> None:
         opened.clean(out)
 
 
-def test_copying_a_command(chromium: Any, study: Path) -> None:
-    out = written(study)
+def test_copying_a_command(chromium: Any, study: Path, out: Path) -> None:
     with Opened(chromium, out, permissions=["clipboard-read", "clipboard-write"]) as opened:
         button = opened.page.locator("#best button.copy").first
         button.click()
@@ -204,8 +206,7 @@ def test_copying_a_command(chromium: Any, study: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [320, 390])
-def test_a_phone_needs_no_sideways_scrolling(chromium: Any, study: Path, width: int) -> None:
-    out = written(study)
+def test_a_phone_needs_no_sideways_scrolling(chromium: Any, study: Path, out: Path, width: int) -> None:
     with Opened(chromium, out, viewport={"width": width, "height": 800}, is_mobile=True, has_touch=True) as opened:
         assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
         for box in opened.page.locator(".figure svg.main-svg").all():
@@ -223,8 +224,7 @@ def luminance(colour: str) -> float:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_read_in_both_schemes(chromium: Any, study: Path, scheme: str) -> None:
-    out = written(study)
+def test_text_can_be_read_in_both_schemes(chromium: Any, study: Path, out: Path, scheme: str) -> None:
     with Opened(chromium, out, color_scheme=scheme) as opened:
         paper = luminance(opened.page.evaluate("getComputedStyle(document.body).backgroundColor"))
         assert (paper > 0.5) == (scheme == "light")
@@ -237,13 +237,13 @@ def test_text_can_be_read_in_both_schemes(chromium: Any, study: Path, scheme: st
             bright, dark = sorted((luminance(ink), paper), reverse=True)
             assert (bright + 0.05) / (dark + 0.05) >= 4.5, ink
         opened.page.emulate_media(color_scheme="dark" if scheme == "light" else "light")
-        other = opened.page.evaluate("getComputedStyle(document.querySelector('.figure .xtick text')).fill")
-        assert other != inks[-1]  # figures follow
+        opened.page.wait_for_function(  # figures follow
+            "ink => getComputedStyle(document.querySelector('.figure .xtick text')).fill !== ink", arg=inks[-1]
+        )
         opened.clean(out)
 
 
-def test_printed(chromium: Any, study: Path, tmp_path: Path) -> None:
-    out = written(study)
+def test_printed(chromium: Any, study: Path, out: Path) -> None:
     with Opened(chromium, out, color_scheme="dark") as opened:
         opened.page.emulate_media(media="print")
         assert luminance(opened.page.evaluate("getComputedStyle(document.body).backgroundColor")) > 0.9
@@ -302,8 +302,7 @@ def test_poor_studies_have_a_page_too(chromium: Any, tmp_path: Path, options: di
         opened.clean(out)
 
 
-def test_one_quality_at_a_time(chromium: Any, study: Path) -> None:
-    out = written(study)
+def test_one_quality_at_a_time(chromium: Any, study: Path, out: Path) -> None:
     with Opened(chromium, out) as opened:
         page = opened.page
         assert page.locator('[data-chart="front kl macs_kept"]').is_hidden()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from html import escape
+from html import escape as escape_all
 from typing import TYPE_CHECKING, Any
 
 from rankopt.chart import LIMIT, Chart, Rule, Series
@@ -44,6 +44,11 @@ def figure(chart: Chart) -> Figure:
     return fig
 
 
+def escape(text: str) -> str:
+    """Text in which Plotly finds no markup; it turns ``&lt;`` and its like back, but not ``&quot;``."""
+    return escape_all(text, quote=False)
+
+
 def as_json(fig: Figure) -> dict[str, Any]:
     """Data and layout as plain values."""
     plain = json.loads(fig.to_json())
@@ -58,13 +63,21 @@ def _axis(chart: Chart, name: str) -> dict[str, Any]:
         "zeroline": False,
     }
     if name in chart.logarithmic:
-        axis |= {"type": "log", "dtick": "D2", "exponentformat": "none"}
+        values = [v for s in chart.series for v in getattr(s, name) if isinstance(v, int | float) and v > 0]
+        axis |= {"type": "log", "tickmode": "array", **_ticks(min(values), max(values))}
     if chart.categories and name == "y":
         texts = [escape(n if len(n) <= _LONGEST else f"…{n[1 - _LONGEST :]}") for n in chart.categories]
         places = list(range(len(texts)))
         axis |= {"tickmode": "array", "tickvals": places, "ticktext": texts, "range": [len(texts) - 0.4, -0.6]}
         axis |= {"tickfont": {"size": 11}, "showgrid": False, "title": {"text": ""}}
     return axis
+
+
+def _ticks(low: float, high: float) -> dict[str, Any]:
+    """1, 2 and 5 of every power of ten; of many powers the ones alone."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found = [digit * 10.0**power for power in powers for digit in ((1, 2, 5) if len(powers) < 5 else (1,))]
+    return {"tickvals": found, "ticktext": [f"{value:g}" for value in found]}
 
 
 def _trace(go: Any, series: Series, named: bool) -> Any:

@@ -26,7 +26,8 @@
       traces.push({ type: "scatter", mode: "markers", meta: "shown", x: [], y: [], hoverinfo: "skip", showlegend: false,
         cliponaxis: false, marker: { symbol: "circle-open", size: 22, color: css("--text"), line: { width: 2 } } });
     }
-    const config = { responsive: true, displaylogo: false, modeBarButtons: [["zoom2d", "resetScale2d", "toImage"]] };
+    const touch = matchMedia("(hover: none)").matches; // there the buttons would always be in the way
+    const config = { responsive: true, displaylogo: false, displayModeBar: touch ? false : "hover", modeBarButtons: [["zoom2d", "resetScale2d", "toImage"]] };
     Plotly.newPlot(element, traces, figure.layout, config);
     Plotly.relayout(element, themed());
     element.on("plotly_click", (event) => {

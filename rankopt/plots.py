@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("svg", "pdf", "png")
 _MARKERS = {"circle": "o", "open": "o", "cross": "x", "star": "*", "ring": "o"}
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
     "legend.fontsize": 7, "svg.fonttype": "none", "pdf.fonttype": 42, "svg.hashsalt": "rankopt",
 }  # fmt: skip

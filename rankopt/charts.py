@@ -169,7 +169,7 @@ def layers(costs: LayerCosts, entry: Entry, quantity: str, methods: Sequence[str
         series.append(
             Series(
                 "back",
-                "dense model",
+                "before",
                 before,
                 names,
                 GREY,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Study = Annotated[Path, typer.Argument(metavar="STUDY", help="The study, a YAML file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only (and JSON, with --json).")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only, and JSON where it is asked for.")]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Where the compressed model is written.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a saved model in DIR.")]
 Limits = Annotated[

@@ -69,6 +69,8 @@ def test_the_page_says_what_was_found(study: Path, out: Path) -> None:
     assert "numbers by a formula" in text
     assert "macs&lt;=80%" in text
     assert "Example &lt;1&gt; &amp; co" in text
+    assert "accuracy 90.00, 2 ms on device" in text
+    assert "90.00 ± 1.50</td>" in text
     assert "predicted latency on device: off by median 3.1%" in text
     assert "1 × ValueError: &lt;b&gt;no&lt;/b&gt; convergence" in text
     for entry in result.front:
@@ -205,7 +207,7 @@ def test_copying_a_command(chromium: Any, study: Path, out: Path) -> None:
         opened.clean(out)
 
 
-@pytest.mark.parametrize("width", [320, 390])
+@pytest.mark.parametrize("width", [320, pytest.param(390, marks=pytest.mark.slow)])
 def test_a_phone_needs_no_sideways_scrolling(chromium: Any, study: Path, out: Path, width: int) -> None:
     with Opened(chromium, out, viewport={"width": width, "height": 800}, is_mobile=True, has_touch=True) as opened:
         assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
@@ -223,7 +225,7 @@ def luminance(colour: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", [pytest.param("light", marks=pytest.mark.slow), "dark"])
 def test_text_can_be_read_in_both_schemes(chromium: Any, study: Path, out: Path, scheme: str) -> None:
     with Opened(chromium, out, color_scheme=scheme) as opened:
         paper = luminance(opened.page.evaluate("getComputedStyle(document.body).backgroundColor"))
@@ -282,12 +284,12 @@ def test_nothing_of_a_hostile_study_is_run(chromium: Any, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"latency": False}, "No latency was measured"),
-        ({"accuracy": False}, "numbers by a formula"),
+        pytest.param({"latency": False}, "No latency was measured", marks=pytest.mark.slow),
+        pytest.param({"accuracy": False}, "numbers by a formula", marks=pytest.mark.slow),
         ({"accuracy": False, "latency": False}, "No latency was measured"),
         ({"limits": ["macs<=1%"]}, "none of them keeps the limits"),
         ({"trials": 1}, "too few trials, or all alike"),
-        ({"trials": 0}, "No plan was measured yet"),
+        pytest.param({"trials": 0}, "No plan was measured yet", marks=pytest.mark.slow),
         ({"trials": 0, "failures": False}, "No plan was measured to the end"),
     ],
 )

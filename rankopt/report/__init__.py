@@ -31,7 +31,7 @@ from rankopt.whole_file import replacing
 
 _HERE = Path(__file__).parent
 _COLUMNS = {
-    "accuracy": "accuracy", "accuracy_se": "± (standard error)", "kl": "kl, nats", "macs_kept": "MACs kept",
+    "accuracy": "accuracy", "kl": "kl, nats", "macs_kept": "MACs kept",
     "params_kept": "parameters kept", "latency_ms": "latency, ms", "latency_kept": "latency kept",
     "peak_memory_mib": "peak memory, MiB",
 }  # fmt: skip
@@ -212,7 +212,7 @@ def _rows(history: History, subject: Subject) -> list[dict[str, Any]]:
             "trial": entry.trial,
             "best": best is not None and entry.trial == best.trial,
             "kept": entry.feasible,
-            "cells": [quantity(key, entry.measurements.get(key)) for key in _columns(history)],
+            "cells": _cells(entry.measurements, _columns(history)),
             "methods": ", ".join(f"{name} {n}" for name, n in entry.plan.methods().items()),
             "command": _command(entry, subject),
         }
@@ -225,7 +225,16 @@ def _dense_cells(history: History) -> list[str]:
     full = {**dense, "macs_kept": 1.0, "params_kept": 1.0, "kl": 0.0}
     if "latency_ms" in dense:
         full["latency_kept"] = 1.0
-    return [quantity(key, full.get(key)) for key in _columns(history)]
+    return _cells(full, _columns(history))
+
+
+def _cells(values: Mapping[str, float | None], keys: Sequence[str]) -> list[str]:
+    """Values as the table shows them, accuracy with its standard error."""
+    cells = {key: quantity(key, values.get(key)) for key in keys}
+    error = values.get("accuracy_se")
+    if "accuracy" in cells and error is not None:
+        cells["accuracy"] += f" ± {error:.2f}"
+    return list(cells.values())
 
 
 def _command(entry: Entry, subject: Subject) -> str:
@@ -242,7 +251,8 @@ def _facts(history: History) -> list[tuple[str, str]]:
         f"{compact(dense[key])} {name}" for key, name in (("macs", "MACs"), ("params", "parameters")) if key in dense
     ]
     parts += [f"accuracy {dense['accuracy']:.2f}"] if "accuracy" in dense else []
-    parts += [f"{charts.title_of(k)} {v:.4g}" for k, v in dense.items() if k.startswith(("latency_ms@", "peak_memory"))]
+    parts += [f"{v:.4g} ms on {k.partition('@')[2]}" for k, v in dense.items() if k.startswith("latency_ms@")]
+    parts += [f"{dense['peak_memory_mib']:.4g} MiB of memory"] if "peak_memory_mib" in dense else []
     return [
         ("limits", ", ".join(map(str, result.limits)) or "none"),
         ("objectives", ", ".join(result.objectives)),

@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 RUN := OMP_NUM_THREADS=2 $(BIN)
 
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all lint bench docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test-all  all tests"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     the benchmarks (some need the data described in their first lines)"
+	@echo "make docs      write docs/cli.md from the program's --help"
 	@echo "make clean     remove .venv, caches and the demo's results"
 
 # torch comes first and pinned: an unpinned torch may bring several GB of CUDA packages.
@@ -44,6 +45,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	@for script in benchmarks/*.py; do echo "== $$script"; $(RUN)/python "$$script" || exit 1; done
+
+docs: $(STAMP)
+	$(RUN)/python docs/make_cli.py
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist studies/runs

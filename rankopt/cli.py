@@ -10,7 +10,22 @@ from typing import Annotated
 
 import typer
 
-from rankopt import saved_verbs
+from rankopt import cli_show, saved_verbs
+from rankopt.cli_options import (
+    Exports,
+    Force,
+    Json,
+    Limits,
+    Quiet,
+    Shape,
+    Storage,
+    Study,
+    Targets,
+    limits_of,
+    storage_of,
+    targets_of,
+)
+from rankopt.cli_watch import watched
 from rankopt.errors import InputError, RankoptError
 from rankopt.handover import (
     check_exports,
@@ -23,19 +38,6 @@ from rankopt.handover import (
     print_saved,
     save,
 )
-from rankopt.options import (
-    Exports,
-    Force,
-    Json,
-    Limits,
-    Shape,
-    Storage,
-    Study,
-    Targets,
-    read_limits,
-    read_storage,
-    read_targets,
-)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -47,11 +49,17 @@ def rankopt(
     """Compress a trained PyTorch model by low-rank decomposition, under limits.
 
     \b
-    rankopt layers studies/digits.yaml           what can be decomposed, and what not and why
-    rankopt search studies/digits.yaml           search for the best plans (again: go on)
-    rankopt front  studies/digits.yaml           the plans that no other one beats
-    rankopt export studies/digits.yaml --out m   write the best one within the limits
-    rankopt bench  studies/digits.yaml           measure it beside the dense model
+    rankopt layers STUDY             what can be decomposed, and what not and why
+    rankopt search STUDY             search for the best plans (again: go on)
+    rankopt front  STUDY             the plans that no other one beats
+    rankopt export STUDY --out DIR   write the best one within the limits
+    rankopt bench  STUDY             measure it beside the dense model
+    rankopt report STUDY --out FILE  all of it as one HTML page
+
+    \b
+    Exit status: 0 done; 1 a fault of rankopt itself, or nobody reads its
+    output; 2 wrong input, or nothing keeps the limits (one line says what);
+    130 interrupted.
     """
     if version:
         from importlib.metadata import version as installed
@@ -108,44 +116,50 @@ def search(
     force: Force = False,
     exports: Exports = None,
     target: Targets = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write what every trial measures for TensorBoard, too.")
+    ] = None,
+    mlflow: Annotated[str | None, typer.Option(metavar="URI", help="And to this MLflow server or store.")] = None,
+    log: Annotated[Path | None, typer.Option(metavar="FILE", help="Append a log of the run to this file.")] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Search for the best plans under the limits. Running it again goes on where it stopped.
 
     \b
     rankopt search studies/digits.yaml
-    rankopt search studies/digits.yaml --limit 'macs<=40%' --limit 'params<=60%' --trials 100
+    rankopt search studies/digits.yaml --limit 'macs<=40%' --limit 'params<=60%'
     rankopt search studies/digits.yaml --out compressed --export onnx --json
-    rankopt search studies/digits.yaml --target onnxruntime --limit 'latency<=0.6x'
+    rankopt search studies/digits.yaml --target torch --limit 'latency<=0.6x'
     rankopt search studies/digits.yaml --strategy correct --sampler nsga2
     """
-    from rankopt.progress import shown
     from rankopt.study_file import load_study
     from rankopt.tables import front_row, front_table
 
-    file, limits, targets = load_study(study), read_limits(limit), read_targets(target)
+    file, limits, targets = load_study(study), limits_of(limit), targets_of(target)
     file = file.choosing(strategy, sampler)
     if exports and out is None:
         raise InputError("--export: needs --out DIR, where the files are written")
     check_exports(exports)
     if out is not None:
         check_free(out, force)
-    from rankopt.search import Search  # last: what can be refused at once needs no torch
+    with watched(file, tensorboard, mlflow, log, quiet) as progress:
+        from rankopt.search import Search  # last: what can be refused at once needs no torch
 
-    run = Search.from_study(
-        file, limits=limits, trials=trials, storage=read_storage(storage), seed=seed, targets=targets
-    )
-    with shown(console_for(stderr=True)) as progress:
+        url = storage_of(storage)
+        run = Search.from_study(file, limits=limits, trials=trials, storage=url, seed=seed, targets=targets)
         result = run.run(progress=progress)
+        best = result.best(limits)
+        saved, dense_test = save(run, best, out, force, exports) if out is not None else ({}, None)
     rows = [front_row(entry) for entry in result.front]
-    best = result.best(limits)
-    saved, dense_test = save(run, best, out, force, exports) if out is not None else ({}, None)
     if as_json:
         print_json(
             {"front": rows, "best": front_row(best), "dense": result.dense, "out": str(out) if out else None}
             | {"notes": run.notes()}
             | {"validation": saved.get("validation"), "test": saved.get("test"), "dense_test": dense_test}
         )
+        return
+    if quiet:
         return
     console = console_for()
     console.print(front_table(rows, result.dense, best.trial))
@@ -172,9 +186,9 @@ def front(
     from rankopt.study_file import load_study
     from rankopt.tables import front_row, front_table
 
-    file, limits = load_study(study), read_limits(limit)
-    name = file.study_on(read_targets(target))
-    result = read_result(read_storage(storage) or file.storage_url, name, limits=limits or file.limits)
+    file, limits = load_study(study), limits_of(limit)
+    name = file.study_on(targets_of(target))
+    result = read_result(storage_of(storage) or file.storage_url, name, limits=limits or file.limits)
     rows = [front_row(entry) for entry in result.front]
     if as_json:
         print_json(rows)
@@ -210,13 +224,13 @@ def bench(
     """Measure a compressed model beside the dense one: latency, and peak memory where it is asked for.
 
     \b
-    rankopt bench studies/digits.yaml --target onnxruntime --target torch:threads=2
+    rankopt bench studies/digits.yaml --target torch --target onnxruntime
     rankopt bench compressed --study studies/digits.yaml --memory --batch 8
     """
     from rankopt.study_file import load_study
     from rankopt.targets import make
 
-    targets = read_targets(target)
+    targets = targets_of(target)
     if model.is_dir():
         if trial is not None or storage is not None:
             raise InputError(f"{model}: is a saved model; --trial and --storage belong to a study")
@@ -224,7 +238,7 @@ def bench(
     else:
         if study is not None:
             raise InputError(f"--study: belongs to a saved model's folder, and {model} is none")
-        given = compared_by(load_study(model), targets, trial, read_storage(storage), shape)
+        given = compared_by(load_study(model), targets, trial, storage_of(storage), shape)
     chosen_targets = targets or list(given.targets) or [make("torch")]
     if batch is not None:
         chosen_targets = [t if t.batch else t.model_copy(update={"batch": batch}) for t in chosen_targets]
@@ -239,10 +253,15 @@ def bench(
 
 app.command()(saved_verbs.verify)
 app.command()(saved_verbs.diff)
+for verb in (cli_show.report, cli_show.plot, cli_show.trials):
+    app.command()(verb)
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; returns the exit status: 0, 2 for wrong input and broken limits, 130 when interrupted.
+
+    1 where nobody reads the output; what is not expected is raised, and Python ends with 1 and the traceback.
+    """
     try:
         code = typer.main.get_command(app).main(args=args, prog_name="rankopt", standalone_mode=False)
         sys.stdout.flush()

@@ -56,7 +56,12 @@ def save(
 
 
 def finish_all(
-    run: Any, entries: Sequence[tuple[Any, Path]], force: bool, as_json: bool, exports: Sequence[str] | None
+    run: Any,
+    entries: Sequence[tuple[Any, Path]],
+    force: bool,
+    as_json: bool,
+    exports: Sequence[str] | None,
+    quiet: bool = False,
 ) -> None:
     """Save several entries, each in its own place, and print them."""
     from rankopt.tables import front_row
@@ -65,20 +70,28 @@ def finish_all(
     for entry, place in entries:
         saved, dense_test = save(run, entry, place, force, exports)
         rows.append({"out": str(place), **front_row(entry), **saved, "dense_test": dense_test})
-        if not as_json:
+        if not as_json and not quiet:
             print_saved(console_for(), entry, place, saved, dense_test)
     if as_json:
         print_json(rows)
 
 
-def finish(run: Any, entry: Any, out: Path, force: bool, as_json: bool, exports: Sequence[str] | None = None) -> None:
+def finish(
+    run: Any,
+    entry: Any,
+    out: Path,
+    force: bool,
+    as_json: bool,
+    exports: Sequence[str] | None = None,
+    quiet: bool = False,
+) -> None:
     """Save, and print what the reloaded model measures."""
     saved, dense_test = save(run, entry, out, force, exports)
     if as_json:
         from rankopt.tables import front_row
 
         print_json({"out": str(out), **front_row(entry), **saved, "dense_test": dense_test})
-    else:
+    elif not quiet:
         print_saved(console_for(), entry, out, saved, dense_test)
 
 
@@ -138,6 +151,7 @@ def save_applied(
     force: bool,
     as_json: bool,
     exports: Sequence[str] | None,
+    quiet: bool = False,
 ) -> None:
     """Carry out a plan on a model of the user's from its weights alone, save it and print its costs."""
     from rankopt import artifact
@@ -174,6 +188,8 @@ def save_applied(
     )
     if as_json:
         print_json({"out": str(out), "methods": plan.methods(), **measured})
+        return
+    if quiet:
         return
     console = console_for()
     console.print(f"\nsaved the plan's model to {out}:", soft_wrap=True)

@@ -82,6 +82,14 @@ class LatencyTable:
         """Whether it was measured itself."""
         return self.store.get(self._key(layer, call, choice)) is not None
 
+    def tells(self, layer: LayerSpec, choice: LayerChoice) -> bool:
+        """Whether `time` rests on measurements: of this very candidate, or of others of its method."""
+        return bool(layer.calls) and all(
+            self.known(layer, call, DENSE)
+            and (self.known(layer, call, choice) or bool(self._curve(layer, call, choice.method)))
+            for call in layer.calls
+        )
+
     def time(self, layer: LayerSpec, choice: LayerChoice) -> float:
         """Milliseconds of all calls of a layer; measured, or interpolated between measured ranks of the method."""
         return sum(self._time(layer, call, choice) for call in layer.calls)

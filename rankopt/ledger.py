@@ -236,6 +236,11 @@ def read_result(url: str, name: str, limits: Sequence[Limit] | None = None) -> R
     Raises:
         InputError: there is no such study.
     """
+    return result_of(read_study(url, name), limits)
+
+
+def read_study(url: str, name: str) -> optuna.Study:
+    """A study that is only read; raises `InputError` when there is none of that name."""
     path = Path(url.removeprefix("sqlite:///"))
     if url.startswith("sqlite:///") and not path.is_file():
         raise InputError(f"study {name}: nothing was searched yet ({path} does not exist); run: rankopt search")
@@ -243,7 +248,7 @@ def read_result(url: str, name: str, limits: Sequence[Limit] | None = None) -> R
     known = optuna.study.get_all_study_names(storage)
     if name not in known:
         raise InputError(f"study {name}: not in {url}; it holds {', '.join(sorted(known)) or 'no study'}")
-    return result_of(optuna.load_study(study_name=name, storage=storage), limits)
+    return optuna.load_study(study_name=name, storage=storage)
 
 
 def entries_of(trials: Sequence[FrozenTrial], limits: Sequence[Limit], dense: Mapping[str, float]) -> list[Entry]:

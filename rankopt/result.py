@@ -58,7 +58,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a running search tells: `best` within the limits so far, `text` while there is no trial yet."""
+    """What a running search tells: `best` within the limits so far, `text` while there is no trial yet, and `entry`:
+    what the last trial measured (None where it failed)."""
 
     done: int
     total: int
@@ -66,6 +67,7 @@ class Progress:
     best: Mapping[str, float | None] | None = None
     hypervolume: float | None = None
     text: str = ""
+    entry: Entry | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,24 @@ class Result:
         if not found:
             return self.best()  # raises, and says what is reachable
         return found[knee([minimized(e.measurements, self.objectives) for e in found])]
+
+    def to_pandas(self) -> Any:
+        """The measured plans as a `pandas.DataFrame`: a row each, a column a quantity, and ``layer.NAME`` a layer.
+
+        Raises `InputError` where pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError:
+            raise InputError("to_pandas: needs pandas; install it with: pip install 'rankopt[report]'") from None
+        on_front = {e.trial for e in self.front}
+        rows = [
+            {"trial": e.trial, "within_limits": e.feasible, "front": e.trial in on_front, **e.measurements}
+            | {f"layer.{name}": str(choice) for name, choice in e.plan.layers.items()}
+            for e in self.entries
+            if e.trial >= 0
+        ]
+        return pd.DataFrame.from_records(rows)
 
     def _order(self, limits: Sequence[Limit]) -> Callable[[Entry], tuple[float, ...]]:
         costs = [q for q in self.objectives if q not in ("accuracy", "kl")] or ["macs"]

@@ -7,6 +7,21 @@ from typing import Annotated
 
 import typer
 
+from rankopt.cli_options import (
+    Exports,
+    Force,
+    Json,
+    Limits,
+    Out,
+    Quiet,
+    Shape,
+    Storage,
+    Study,
+    Targets,
+    limits_of,
+    storage_of,
+    targets_of,
+)
 from rankopt.errors import InputError
 from rankopt.handover import (
     adopted,
@@ -21,20 +36,6 @@ from rankopt.handover import (
     print_json,
     save_applied,
     times_on,
-)
-from rankopt.options import (
-    Exports,
-    Force,
-    Json,
-    Limits,
-    Out,
-    Shape,
-    Storage,
-    Study,
-    Targets,
-    read_limits,
-    read_storage,
-    read_targets,
 )
 
 Model = Annotated[
@@ -57,6 +58,7 @@ def export(
     target: Targets = None,
     force: Force = False,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write a trial's compressed model: plan.json, safetensors, measurements. The best one within the limits, or N.
 
@@ -76,11 +78,11 @@ def export(
     alone = out.suffix in (".json", ".yaml", ".yml")
     if alone and (top is not None or exports):
         raise InputError(f"--out {out}: names a file for one plan; with --top or --export give a directory")
-    file, limits, targets = load_study(study), read_limits(limit), read_targets(target)
+    file, limits, targets = load_study(study), limits_of(limit), targets_of(target)
     check_exports(exports)
     if not alone and top is None:
         check_free(out, force)
-    url = read_storage(storage) or file.storage_url
+    url = storage_of(storage) or file.storage_url
     result = read_result(url, file.study_on(targets), limits=limits or file.limits)
     if top is not None:
         entries = result.top(top, limits or file.limits)
@@ -91,9 +93,10 @@ def export(
 
         write_plan(entries[0].plan, out, force)
         text = f"saved the plan of trial {entries[0].trial} to {out}"
-        print_json({"out": str(out), "trial": entries[0].trial}) if as_json else console_for().print(
-            text, soft_wrap=True
-        )
+        if as_json:
+            print_json({"out": str(out), "trial": entries[0].trial})
+        elif not quiet:
+            console_for().print(text, soft_wrap=True)
         return
     places = [out / f"trial-{entry.trial}" if top is not None else out for entry in entries]
     for place in places:
@@ -103,9 +106,9 @@ def export(
     run = Search.from_study(file, limits=limits, storage=url, targets=targets)
     run.recorded = result
     if top is None:
-        finish(run, entries[0], out, force, as_json, exports)
+        finish(run, entries[0], out, force, as_json, exports, quiet)
     else:
-        finish_all(run, list(zip(entries, places, strict=True)), force, as_json, exports)
+        finish_all(run, list(zip(entries, places, strict=True)), force, as_json, exports, quiet)
 
 
 def apply(
@@ -124,6 +127,7 @@ def apply(
     exports: Exports = None,
     force: Force = False,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Carry out a plan on a model of the same architecture, measure it, and write it.
 
@@ -144,7 +148,7 @@ def apply(
     check_free(out, force)
     if study is None:
         assert model is not None
-        save_applied(decided, model, weights, shape, out, force, as_json, exports)
+        save_applied(decided, model, weights, shape, out, force, as_json, exports, quiet)
         return
     from rankopt.study_file import load_study
 
@@ -154,7 +158,7 @@ def apply(
     from rankopt.search import Search
 
     run = Search.from_study(file.with_weights(weights) if weights else file)
-    finish(run, run.evaluate(adopted(decided, run.model)), out, force, as_json, exports)
+    finish(run, run.evaluate(adopted(decided, run.model)), out, force, as_json, exports, quiet)
 
 
 def verify(

@@ -124,6 +124,7 @@ class Loop:
         self.strategy.recall([pair for t in frozen if (pair := self._past(t)) is not None])
         self._failures: list[str] = []
         self._exhausted = False
+        self._last: Entry | None = None
         self._start = time.perf_counter()
 
     def wants(self, plan: Plan) -> bool:
@@ -175,7 +176,7 @@ class Loop:
 
     def tell(self, asked: Asked, outcome: Evaluation | str) -> None:
         """Record what became of a trial, or why it failed, and let the strategy learn from it."""
-        trial, proposal = asked.trial, asked.proposal
+        trial, proposal, self._last = asked.trial, asked.proposal, None
         self.done += 1
         if isinstance(outcome, str):
             trial.set_user_attr(REASON, outcome)
@@ -198,10 +199,9 @@ class Loop:
             self.study.tell(trial, state=TrialState.PRUNED)
         else:
             self.study.tell(trial, [v for v in values if v is not None])
-            if proposal.plan.digest not in self.measured:
-                feasible = all(by <= 0 for by in self._excess(outcome.measurements).values())
-                entry = Entry(trial.number, proposal.plan, outcome.measurements, feasible, outcome.notes)
-                self.measured[proposal.plan.digest] = entry
+            feasible = all(by <= 0 for by in excess.values())
+            self._last = Entry(trial.number, proposal.plan, outcome.measurements, feasible, outcome.notes)
+            self.measured.setdefault(proposal.plan.digest, self._last)
         self.strategy.told(proposal, Told(proposal.numbers, self._minimized(values), excess, proposal.marks))
 
     def inherit(self, old: Judged, evaluate: Evaluate) -> None:
@@ -250,7 +250,7 @@ class Loop:
             best: Mapping[str, float | None] | None = result.best().measurements
         except RankoptError:
             best = None
-        return Progress(self.done, trials, seconds, best, volume(result))
+        return Progress(self.done, trials, seconds, best, volume(result), entry=self._last)
 
     def _past(self, trial: FrozenTrial) -> tuple[Proposal, Told] | None:
         """A trial of an earlier run as the strategy has to hear of it."""

@@ -162,12 +162,12 @@ def test_help_lists_the_verbs_and_is_fast(run: Callable[..., Ran]) -> None:
     )
 
 
-@pytest.mark.parametrize("verb", ["layers", "search", "front", "export", "apply"])
+@pytest.mark.parametrize("verb", ["layers", "search", "front", "export", "apply", "report", "plot", "trials"])
 def test_every_verb_has_an_example_and_json(run: Callable[..., Ran], verb: str) -> None:
     ran = run(verb, "--help")
     assert ran.code == 0
     assert f"\n  rankopt {verb} " in ran.out
-    assert "--json" in ran.out
+    assert ("--json " in ran.out) == (verb not in ("report", "plot"))  # those write files
 
 
 def test_layers(run: Callable[..., Ran], study: Path) -> None:
@@ -215,6 +215,34 @@ def test_search_shows_progress_front_and_what_was_saved(
     assert [str(limit) for limit in options.pop("limits")] == ["macs<=40%"]
     assert options == {"targets": None, "trials": 9, "seed": 3, "storage": f"sqlite:///{Path('x.db').resolve()}"}
     assert saved == ("save", 0, str(out), False)
+
+
+def test_quiet(run: Callable[..., Ran], study: Path, engine: type[FakeSearch], tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(Plan({"0": LayerChoice("svd", {"rank": 2})}).to_json())
+    for args in (
+        ["search", study, "--out", tmp_path / "a"],
+        ["export", study, "--out", tmp_path / "b"],
+        ["apply", plan, "--study", study, "--out", tmp_path / "c"],
+    ):
+        ran = run(*args, "--quiet")
+        assert (ran.code, ran.out, ran.err) == (0, "", "")
+        ran = run(*args, "--quiet", "--json")
+        assert (ran.code, ran.err) == (0, "")
+        assert json.loads(ran.out)
+    assert [call[2] for call in engine.calls if call[0] == "save"] == [str(tmp_path / x) for x in "aabbcc"]
+    failed = run("search", study, "--quiet", "--limit", "macs<=1%")
+    assert (failed.code, failed.out, failed.err.count("\n")) == (2, "", 1)
+
+
+def test_the_log_of_a_search(run: Callable[..., Ran], study: Path, engine: type[FakeSearch], tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    assert run("search", study, "--log", log).code == 0
+    assert "INFO trial 2/2" in log.read_text()
+    assert run("search", study, "--log", log, "--limit", "macs<=1%").code == 2
+    assert "reachable: macs 12.5%" in log.read_text()
+    assert log.read_text().count("INFO done") == 1
+    assert "--log" in run("search", study, "--log", tmp_path).err
 
 
 def test_search_json_is_all_of_stdout(

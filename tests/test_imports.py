@@ -19,7 +19,7 @@ LONGER = {"rankopt.testing": 480}
 HEAVY = ("torch", "optuna", "ray", "onnxruntime", "tensorly", "thop", "scipy", "numpy", "pydantic", "rich", "typer")
 # package → where it may be imported: a module, or all below it when it ends in a dot
 HOMES = {
-    "optuna": ["rankopt.study", "rankopt.ledger", "rankopt.sampling"],
+    "optuna": ["rankopt.study", "rankopt.ledger", "rankopt.sampling", "rankopt.history"],
     "tensorly": ["rankopt.decompositions."],
     "thop": ["rankopt.cost", "rankopt.testing"],
     "scipy": ["rankopt.allocate", "rankopt.latency_fit", "rankopt.latency_table", "rankopt.evbmf"],
@@ -32,6 +32,12 @@ HOMES = {
     "onnxscript": ["rankopt.onnx_file"],
     "onnxruntime": ["rankopt.targets.onnxruntime"],
     "openvino": ["rankopt.targets.openvino"],
+    "plotly": ["rankopt.report"],
+    "jinja2": ["rankopt.report"],
+    "matplotlib": ["rankopt.plots"],
+    "pandas": ["rankopt.trial_table", "rankopt.result"],
+    "tensorboardX": ["rankopt.callbacks"],
+    "mlflow": ["rankopt.callbacks"],
     "sklearn": [],
     "torchvision": [],
 }

@@ -78,6 +78,8 @@ def test_commands_run(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> No
             assert main(command[1:]) == 0, f"{shlex.join(command)}: {capsys.readouterr().err}"
     for saved in ("compressed", "smaller", "again"):
         assert (elsewhere / saved / "model.safetensors").is_file()
+    for shown in ("report.html", "front.svg", "trials.csv"):
+        assert (elsewhere / shown).stat().st_size > 1000
     assert sorted((ROOT / "studies").rglob("*")) == before
 
 

@@ -1,4 +1,4 @@
-"""The options that several verbs of the command line share, and how their texts are read."""
+"""Options that several verbs of the command line share, and how their texts are read."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 Study = Annotated[Path, typer.Argument(metavar="STUDY", help="The study, a YAML file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only, and JSON where it is asked for.")]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Where the compressed model is written.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace a saved model in DIR.")]
 Limits = Annotated[
@@ -40,22 +41,22 @@ Shape = Annotated[
 ]
 
 
-def read_limits(texts: list[str] | None) -> list[Limit] | None:
-    """Limits; None where none was given."""
+def limits_of(texts: list[str] | None) -> list[Limit] | None:
+    """What ``--limit`` says; raises `LimitError`."""
     from rankopt.limits import parse_limit
 
     return [parse_limit(text) for text in texts] if texts else None
 
 
-def read_targets(texts: list[str] | None) -> list[Target] | None:
-    """Targets; None where none was given."""
+def targets_of(texts: list[str] | None) -> list[Target] | None:
+    """What ``--target`` says; raises `InputError`."""
     from rankopt.targets import read
 
     return [read(text) for text in texts] if texts else None
 
 
-def read_storage(text: str | None) -> str | None:
-    """A storage's URL; None where none was given."""
+def storage_of(text: str | None) -> str | None:
+    """What ``--storage`` says, as a URL."""
     from rankopt.study_file import storage_url
 
     return storage_url(text, Path()) if text else None

@@ -13,12 +13,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rankopt.artifact import load
     from rankopt.cost import count
+    from rankopt.chains import merged
     from rankopt.errors import InfeasibleError, InputError, RankoptError
+    from rankopt.factorized import factorized
     from rankopt.layer_spec import LayerSpec
     from rankopt.layers import find_layers
     from rankopt.limits import Limit, parse_limit
     from rankopt.one_call import search
     from rankopt.plan import LayerChoice, Plan
+    from rankopt.recover import Recovered, recover
+    from rankopt.recovery_options import RecoveryOptions
     from rankopt.result import Entry, Result
     from rankopt.search import Search
     from rankopt.study_file import load_study
@@ -33,14 +37,19 @@ _HOMES = {
     "Limit": "limits",
     "Plan": "plan",
     "RankoptError": "errors",
+    "Recovered": "recover",
+    "RecoveryOptions": "recovery_options",
     "Result": "result",
     "Search": "search",
     "apply": "surgery",
     "count": "cost",
+    "factorized": "factorized",
     "find_layers": "layers",
     "load": "artifact",
     "load_study": "study_file",
+    "merged": "chains",
     "parse_limit": "limits",
+    "recover": "recover",
     "search": "one_call",
 }
 
@@ -53,14 +62,19 @@ __all__ = [
     "Limit",
     "Plan",
     "RankoptError",
+    "Recovered",
+    "RecoveryOptions",
     "Result",
     "Search",
     "apply",
     "count",
+    "factorized",
     "find_layers",
     "load",
     "load_study",
+    "merged",
     "parse_limit",
+    "recover",
     "search",
 ]
 

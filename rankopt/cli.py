@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rankopt import cli_recovery
 from rankopt.errors import InputError, RankoptError
 from rankopt.handover import (
     check_free,
@@ -64,6 +65,7 @@ def rankopt(
     rankopt front  studies/digits.yaml           the plans that no other one beats
     rankopt export studies/digits.yaml --out m   write the best one within the limits
     rankopt bench  studies/digits.yaml           measure it beside the dense model
+    rankopt recover m --study studies/digits.yaml --out r   fine-tune it
     """
     if version:
         from importlib.metadata import version as installed
@@ -292,6 +294,10 @@ def bench(
         print_json(rows)
     else:
         print_bench(rows)
+
+
+app.command()(cli_recovery.recover)
+app.command()(cli_recovery.compress)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -74,9 +74,14 @@ def main() -> None:
         print(json.dumps(child(network, float(keep), args.rounds)))
         return
     if args.epochs:
-        write_record([*headed("ResNet-20 trained from the beginning, dense and factorized"), *trained(args)], args.record)
+        write_record(
+            [*headed("ResNet-20 trained from the beginning, dense and factorized"), *trained(args)], args.record
+        )
         return
-    lines = ["| net | MACs kept | batch | ms a step | of dense | memory MiB | of dense |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| net | MACs kept | batch | ms a step | of dense | memory MiB | of dense |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for network in args.networks:
         found: dict[float, list[dict[str, float]]] = {keep: [] for keep in (100.0, *args.keep)}
         for _ in range(3):  # in turns, so that a drift of the machine meets all
@@ -142,12 +147,17 @@ def trained(args: argparse.Namespace) -> list[str]:
     options: dict[str, Any] = {"steps": steps, "lr": args.lr, "distill": 0.0, "ema": 0.99, "weight_decay": 5e-4}
     for keep in (100.0, *args.keep):
         for decay in ("factors", "product") if keep < 100 else ("factors",):
-            net, plan = (dense, None) if keep >= 100 else factorized(dense, test[0][:1], keep=keep / 100, dense=["conv1"])
+            net, plan = (
+                (dense, None) if keep >= 100 else factorized(dense, test[0][:1], keep=keep / 100, dense=["conv1"])
+            )
             name = "dense" if keep >= 100 else f"factorized, decay on {decay}"
             folder = args.work / f"{keep:g}-{decay}" if args.work else None
             found = recover(net, dense, loader, plan=plan, decay_on=decay, checkpoints=folder, progress=told, **options)
             with torch.no_grad():
-                hits = [(found.model(x).argmax(1) == y).float().mean() for x, y in zip(*(t.split(500) for t in test), strict=True)]
+                hits = [
+                    (found.model(x).argmax(1) == y).float().mean()
+                    for x, y in zip(*(t.split(500) for t in test), strict=True)
+                ]
             kept = count(found.model, test[0][:1]).macs / count(dense, test[0][:1]).macs
             lines.append(f"| {name} | {kept:.3f} | {found.seconds:.0f} | {100 * float(torch.stack(hits).mean()):.2f} |")
     return lines

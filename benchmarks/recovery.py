@@ -1,15 +1,15 @@
 """ResNet-20 and ResNet-56 on CIFAR-10, compressed and fine-tuned: the records of recovery.
 
-    python benchmarks/recovery.py macs --network resnet20 --keep 30 --epochs 30 --work studies/runs/recovery
-    python benchmarks/recovery.py latency --network resnet20 --keep 50 --epochs 30 --work studies/runs/recovery
-    python benchmarks/recovery.py halving --network resnet20 --keep 30 --finalists 9 --epochs 9 --work studies/runs/recovery
-    python benchmarks/recovery.py stages --network resnet20 --keep 25 --stages 2 --epochs 20 --work studies/runs/recovery
+    python benchmarks/recovery.py macs --network resnet20 --keep 30 --epochs 30
+    python benchmarks/recovery.py latency --network resnet20 --keep 50 --epochs 30
+    python benchmarks/recovery.py halving --keep 30 --finalists 9 --epochs 9
+    python benchmarks/recovery.py stages --keep 25 --stages 2 --epochs 20
 
 macs: a plan of at most so many percent of the MACs, recovered. latency: of dense in ONNX Runtime, and measured again
-beside dense. halving: successive halving against giving every finalist the whole training. stages: search and recover in
-stages against one shot, at the same number of steps. Plans are searched and models trained on training images alone; the
-10,000 test images are seen when what is handed over is measured. Everything is kept in --work, so the same command goes
-on after a stop. ``--set lr=0.1`` changes an option of the recovery.
+beside dense. halving: successive halving against giving every finalist the whole training. stages: search and recover
+in stages against one shot, at the same number of steps. Plans are searched and models trained on training images alone;
+the 10,000 test images are seen when what is handed over is measured. Everything is kept in --work, so the same command
+goes on after a stop. ``--set lr=0.1`` changes an option of the recovery.
 """
 
 from __future__ import annotations
@@ -48,9 +48,11 @@ OPTIONS = {"lr": 0.05, "distill": 0.7, "temperature": 4.0, "weight_decay": 5e-4,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["macs", "latency", "halving", "stages"])
+    parser.add_argument("kind", choices=["macs", "latency", "halving", "stages"], nargs="?", default="macs")
     parser.add_argument("--network", choices=["resnet20", "resnet56"], default="resnet20")
-    parser.add_argument("--keep", type=float, default=30.0, help="MACs (latency: of ONNX Runtime) kept at most, percent")
+    parser.add_argument(
+        "--keep", type=float, default=30.0, help="MACs (latency: of ONNX Runtime) kept at most, percent"
+    )
     parser.add_argument("--epochs", type=float, default=30.0, help="of the whole recovery")
     parser.add_argument("--steps", type=int, help="in place of epochs")
     parser.add_argument("--trials", type=int, default=24)
@@ -59,7 +61,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="options of the recovery")
-    parser.add_argument("--work", type=Path, required=True, help="studies, checkpoints and models, to go on later")
+    parser.add_argument("--work", type=Path, default=ROOT / "studies" / "runs" / "recovery", help="to go on later")
     parser.add_argument("--record", type=Path, help="write the output here too")
     args = parser.parse_args()
     steps = args.steps or round(args.epochs * EPOCH)
@@ -119,15 +121,16 @@ def one_shot(args: argparse.Namespace, file: StudyFile, steps: int, work: Path) 
 def halving(args: argparse.Namespace, file: StudyFile, steps: int, work: Path) -> tuple[str, list[str]]:
     url = f"sqlite:///{work.resolve()}/study.db"
     result = Search.from_study(file, storage=url).run(told)
-    lines = ["| | winner | MACs kept | kl on validation | test accuracy | steps | share |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| | winner | MACs kept | kl on validation | test accuracy | steps | share |",
+        "|---|---|---|---|---|---|---|",
+    ]
     table: list[str] = []
     for name, rungs in (("successive halving", None), ("everyone to the end", [Rung(steps, args.finalists)])):
         recovery = Recovery(file, steps, storage=url, progress=told)
         folder = work / name.replace(" ", "-")
         out = work / f"model-{'halving' if rungs is None else 'all'}"
-        found, done = recover_study(
-            recovery, result, out, args.finalists, checkpoints=folder, rungs=rungs, force=True
-        )
+        found, done = recover_study(recovery, result, out, args.finalists, checkpoints=folder, rungs=rungs, force=True)
         after = found["after"]
         lines.append(
             f"| {name} | trial {found['winner']} | {found['costs']['macs_kept']:.3f} | {after['validation']['kl']:.4f} "

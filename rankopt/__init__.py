@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rankopt.artifact import load
-    from rankopt.cost import count
     from rankopt.chains import merged
+    from rankopt.cost import count
     from rankopt.errors import InfeasibleError, InputError, RankoptError
     from rankopt.factorized import factorized
     from rankopt.layer_spec import LayerSpec

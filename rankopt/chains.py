@@ -31,7 +31,7 @@ class Chain:
     modules: nn.Sequential
 
     def weights(self) -> list[Tensor]:
-        """Weights of the stages as `Decomposition.stage_weights` gives them: views of the parameters, with gradients."""
+        """Weights of the stages, as from `Decomposition.stage_weights`: views of the parameters, with gradients."""
         shapes = method(self.choice.method).stage_shapes(self.layer, self.choice.ranks)
         return [_stage_weight(module, shape) for module, shape in zip(self.modules, shapes, strict=True)]
 

@@ -5,8 +5,8 @@
 
 Every layer gets the ranks that lose least of its (random) weight at the given share of its MACs, the weights come from
 its decomposition, and neighbouring factors get equal norms: the spectral initialization of Khodak, Tenenholtz, Mackey
-and Fusi ("Initialization and regularization of factorized neural layers", 2021), who also show that weight decay belongs
-on the product (``decay_on="product"``). ``orthogonality`` is the other regularization.
+and Fusi ("Initialization and regularization of factorized neural layers", 2021), who also show that weight decay
+belongs on the product (``decay_on="product"``). ``orthogonality`` is the other regularization.
 """
 
 from __future__ import annotations

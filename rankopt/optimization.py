@@ -88,7 +88,7 @@ class Steps:
         return cls(optimizer, every, options, chains if products else (), own_decay, options.optimizer == "adamw")
 
     def take(self, step: int, steps: int, scale: float = 1.0) -> bool:
-        """Clip, decay, and take the optimizer's step; False, and no weight is changed, where a gradient is not finite."""
+        """Clip, decay, and take the optimizer's step; False, and no weight changes, where a gradient is not finite."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.clip or math.inf)
         if not math.isfinite(float(norm)):
             return False

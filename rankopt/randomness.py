@@ -24,7 +24,9 @@ class Randomness:
         self._gpu = gpu and torch.cuda.is_available()
         self._entered = False
         before = self._read()
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if self._gpu:
+            torch.cuda.manual_seed_all(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
         self._state = self._read()

@@ -267,7 +267,7 @@ class _Run:
         state.restore(*stored)
         if backs >= _BACK:
             raise TrainingError(
-                f"recovery: loss, gradients or weights were not finite {backs} times, the last time after step {failed},"
+                f"recovery: loss, gradients or weights were not finite {backs} times, the last time after step {failed}"
                 f" at {2 * scale:g} times the rate; take a smaller lr than {self.options.lr:g}, or look at the data"
             )
         state.backs, state.scale = backs, scale
@@ -285,9 +285,7 @@ def _divergence(model: nn.Module, dense: nn.Module | None, batch: Batch) -> Dive
     return found
 
 
-def _recalibrated(
-    model: nn.Module, data: TrainingData, bn: str, judge: Callable[[nn.Module], float] | None
-) -> bool:
+def _recalibrated(model: nn.Module, data: TrainingData, bn: str, judge: Callable[[nn.Module], float] | None) -> bool:
     """Recalibrate batch norm, or, for auto, do it where it is judged to be better; whether it was done."""
     if bn == "off" or not has_batch_norm(model) or (bn == "auto" and judge is None):
         return False

@@ -25,10 +25,13 @@ from rankopt.recover import Recovered, recover
 from rankopt.recovery_options import RecoveryOptions
 from rankopt.result import Entry, Progress, Result, minimized
 from rankopt.search import Search
+from rankopt.surgery import structure
+from rankopt.tensor_file import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from rankopt.study_file import StudyFile
 
+_START = "start.safetensors"
 _DEVICE = ("latency", "peak_memory", "memory")
 Tell = Callable[[Progress], None]
 
@@ -55,6 +58,7 @@ class Recovery:
     options: RecoveryOptions = field(init=False)
 
     def __post_init__(self) -> None:
+        self.file.splits()  # once, for all that is made of the file
         quiet = self.file.model_copy(update={"target": [], "limits": [], "objectives": []})
         self.search = Search.from_study(quiet, storage=self.storage, seed=self.seed, model=self.dense)
         steps = self.file.recovery.final_steps if self.steps is None else self.steps
@@ -114,12 +118,14 @@ class Recovery:
         own["compressed"] = {**costs, **after["validation"], **_of(device, "compressed")}
         own |= {f"{name}_test": m["test"] for name, m in (("dense", dense), ("compressed", after)) if "test" in m}
         own |= {k: v for k, v in device.items() if k in ("conditions", "notes")}
-        own |= {"before_recovery": {**before["validation"]}, "recovery": {k: v for k, v in training.items() if k != "losses"}}
+        own |= {
+            "before_recovery": {**before["validation"]},
+            "recovery": {k: v for k, v in training.items() if k != "losses"},
+        }
         artifact.save(out, recovered.model, plan, measurements=own, source=self.search.source, force=force)
         loaded = self.measure(artifact.load(out, self.teacher))
-        return {
-            "dense": dense, "before": dict(before), "after": loaded, "costs": costs, "training": training, **(more or {})
-        }  # fmt: skip
+        found = {"dense": dense, "before": dict(before), "after": loaded, "costs": costs, "training": training}
+        return found | dict(more or {})
 
 
 def recover_saved(
@@ -162,36 +168,40 @@ def recover_study(
     chosen = finalists(result, count, limits)
     names = {f"trial {entry.trial}": entry for entry in chosen}
     folder = checkpoints or beside(out)
-    built: dict[str, nn.Module] = {}
     latest: dict[str, Recovered] = {}
 
-    def build(name: str) -> nn.Module:
-        entry = names[name]
-        recovery.progress(Progress(0, 0, 0.0, text=f"building {name}"))
-        return recovery.search.build(entry.plan, bn=bool(entry.notes.get("bn", 0)))
+    def place(name: str) -> Path:
+        weights = recovery.search.fingerprint.weights[:6]
+        return folder / f"{name.replace(' ', '-')}-{names[name].plan.digest}-{weights}"
+
+    def start(name: str) -> nn.Module:
+        """The model before training; built once, since a refit and a short recovery take their time."""
+        entry, kept = names[name], place(name) / _START
+        if not kept.is_file():
+            recovery.progress(Progress(0, 0, 0.0, text=f"building {name}"))
+            built = recovery.search.build(entry.plan, bn=bool(entry.notes.get("bn", 0)))
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(kept.with_suffix(".part"), built)
+            kept.with_suffix(".part").replace(kept)
+        model = structure(recovery.search.model, entry.plan)
+        read_tensors(kept, model)
+        return model.eval()
 
     def values(name: str, quality: Mapping[str, float]) -> dict[str, float]:
         known = {k: v for k, v in names[name].measurements.items() if v is not None}
         return {**known, **recovery.judge.costs(names[name].plan), **quality}
 
     def train(name: str, steps: int) -> dict[str, float]:
-        model = built.pop(name) if name in built else build(name)
-        place = folder / name.replace(" ", "-")
-        latest[name] = recovery.trained(model, names[name].plan, place, until=steps)
+        latest[name] = recovery.trained(start(name), names[name].plan, place(name), until=steps)
         return values(name, recovery.judge.quality(latest[name].model))
 
     def tell(text: str) -> None:
         recovery.progress(Progress(0, 0, 0.0, text=text))
 
-    before = {}
-    for name in names:
-        built[name] = build(name)
-        before[name] = recovery.measure(built[name])
-    start = {name: values(name, found["validation"]) for name, found in before.items()}
+    before = {name: recovery.measure(start(name)) for name in names}
+    values_before = {name: values(name, found["validation"]) for name, found in before.items()}
     rungs = rungs or plan_rungs(len(names), recovery.options.steps, eta)
-    halving = halve(
-        start, train, result.objectives, rungs, executor=executor, folder=folder, progress=tell
-    )
+    halving = halve(values_before, train, result.objectives, rungs, executor=executor, folder=folder, progress=tell)
     winner = _winner(halving, names, result, limits)
     if winner not in latest or latest[winner].steps < rungs[-1].steps:  # measured before a kill, or elsewhere
         train(winner, rungs[-1].steps)
@@ -231,9 +241,7 @@ def beside(out: Path) -> Path:
     return out.with_name(f"{out.name}.recovery")
 
 
-def _winner(
-    halving: Halving, names: Mapping[str, Entry], result: Result, limits: Sequence[Limit] | None
-) -> str:
+def _winner(halving: Halving, names: Mapping[str, Entry], result: Result, limits: Sequence[Limit] | None) -> str:
     """The best of those that were trained to the end, as `Result.best` has it; limits on quality may be missed."""
     entries = [Entry(names[n].trial, names[n].plan, halving.last(n), True) for n in halving.winners]
     wanted = tuple(result.limits if limits is None else limits)
@@ -247,4 +255,5 @@ def _winner(
 
 
 def _of(device: Mapping[str, Any], which: str) -> dict[str, Any]:
-    return {k: v for k, v in (device.get(which) or {}).items() if k.startswith(_DEVICE)}
+    values = device.get(which) or {}
+    return {k: v for k, v in values.items() if k.startswith(_DEVICE) and v is not None}

@@ -262,9 +262,7 @@ class StudyFile(Strict):
             return None
         from rankopt.short_recovery import ShortRecovery
 
-        return ShortRecovery(
-            self.recovery, self.training_data(), train=self.training_function(), seed=self.seed
-        )
+        return ShortRecovery(self.recovery, self.training_data(), train=self.training_function(), seed=self.seed)
 
     def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) of a call of the model with one sample."""

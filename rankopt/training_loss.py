@@ -2,8 +2,8 @@
 
     (1 - distill) · task  +  distill · distillation  +  features · inner error  +  orthogonality · cosines
 
-For logits the task is cross entropy and the distillation T²·KL(dense/T ‖ model/T); for real-valued outputs both are half
-the squared error relative to the variance of the dense outputs, against labels and against the dense model.
+For logits the task is cross entropy and the distillation T²·KL(dense/T ‖ model/T); for real-valued outputs both are
+half the squared error relative to the variance of the dense outputs, against labels and against the dense model.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class TrainingLoss:
 
 
 def mixed(batch: Batch, alpha: float) -> tuple[Batch, Any, float]:
-    """Every input mixed with another one of the batch; returns it, the other's labels, and the share of the own ones."""
+    """Every input mixed with another one of the batch; returns it, the others' labels, and the share of the own."""
     share = float(torch.distributions.Beta(alpha, alpha).sample())
     other = batch.take(torch.randperm(len(batch)))
 
@@ -144,13 +144,12 @@ def inner_error(wanted: Sequence[Tensor], given: Sequence[Tensor]) -> Tensor:
 def cosines(chains: Sequence[Chain]) -> Tensor:
     """Mean over stages of the mean squared cosine between different rank components; 0 when all are orthogonal."""
     found = []
-    for chain in chains:
-        for rows in chain.components():
-            if rows.shape[1] < 2:
-                continue
-            unit = F.normalize(rows.float(), dim=2)
-            gram = unit @ unit.mT
-            rank = rows.shape[1]
+    for rows in [rows for chain in chains for rows in chain.components()]:
+        rank = rows.shape[1]
+        if rank > 1:
+            with torch.autocast(rows.device.type, enabled=False):
+                unit = F.normalize(rows.float(), dim=2)
+                gram = unit @ unit.mT
             off = gram.square().sum((1, 2)) - gram.diagonal(dim1=1, dim2=2).square().sum(1)
             found.append((off / (rank * (rank - 1))).mean())
     return torch.stack(found).mean() if found else torch.zeros(())

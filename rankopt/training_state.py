@@ -64,9 +64,7 @@ class TrainingState:
             like = placed[int(number)]
             own = torch.empty_like(like).copy_(value) if value.shape == like.shape else value.clone()
             state.setdefault(int(number), {})[name] = own.detach()
-        self.optimizer.load_state_dict(
-            {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
-        )
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.step, self.scale, self.backs = facts["step"], facts["scale"], facts["backs"]
         self.losses = [(int(step), float(loss)) for step, loss in facts["losses"]]
         self.pending = facts["pending"]

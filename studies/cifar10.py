@@ -112,7 +112,7 @@ def data(
 
 
 class Augmented:
-    """Batches of all images in a new order in every pass, shifted and flipped at random, the incomplete one left out."""
+    """Batches of all images in a new order in every pass, shifted and flipped; the incomplete one is left out."""
 
     def __init__(self, pixels: Tensor, labels: Tensor, batch: int) -> None:
         self.pixels, self.labels, self.batch = pixels, labels, batch

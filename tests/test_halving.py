@@ -1,7 +1,8 @@
-"""Successive halving against exhaustive training on problems whose curves are known, and that it goes on after a kill."""
+"""Successive halving against exhaustive training on curves that are known, and going on after a kill."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -124,7 +125,7 @@ def test_a_killed_halving_goes_on(after: int, tmp_path: Path) -> None:
     assert again == whole
 
 
-class _nothing:  # noqa: N801
+class _nothing:
     def __enter__(self) -> None: ...
     def __exit__(self, *_: Any) -> None: ...
 
@@ -183,7 +184,7 @@ def test_rungs_rise_and_end_with_all_steps(n: int, steps: int, eta: float) -> No
     rungs = plan_rungs(n, steps, eta)
     assert rungs[0].finalists == n
     assert rungs[-1].steps == steps
-    assert all(a.steps < b.steps and a.finalists > b.finalists for a, b in zip(rungs, rungs[1:], strict=False))
+    assert all(a.steps < b.steps and a.finalists > b.finalists for a, b in itertools.pairwise(rungs))
     for wrong in ((0, steps, eta), (n, 0, eta), (n, steps, 1.0)):
         with pytest.raises(InputError):
             plan_rungs(*wrong)

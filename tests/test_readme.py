@@ -206,3 +206,14 @@ def test_what_the_architecture_adds_keeps_the_contract(number: int, tmp_path: Pa
         capture_output=True, text=True, check=False, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_every_option_of_the_recovery_is_described_with_its_default() -> None:
+    from rankopt.recovery_options import RecoveryOptions
+
+    rows = re.findall(r"^\| (`[^|]*`) \| (`[^|]*`) \|", section("Recovery"), re.MULTILINE)
+    described = {}
+    for names_, defaults in rows:
+        values = [yaml.safe_load(value) for value in re.findall(r"`([^`]*)`", defaults)]
+        described |= dict(zip(re.findall(r"`([^`]*)`", names_), values, strict=True))
+    assert described == RecoveryOptions().model_dump()

@@ -117,7 +117,7 @@ def test_regression_outputs() -> None:
 
 
 def test_one_step_of_sgd_by_hand() -> None:
-    """Nothing but cross entropy, one step, no average: p - lr · (1 + momentum) · (grad + decay · p) is Nesterov's first step."""
+    """Cross entropy alone: Nesterov's first step is p - lr · (1 + momentum) · (grad + decay · p)."""
     torch.manual_seed(0)
     model = nn.Linear(5, 3)
     x, y = torch.randn(8, 5), torch.arange(8) % 3
@@ -256,7 +256,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Pa
         checkpoint.write(tmp_path, step, {"a": torch.full((3,), step)}, {"step": step})
     assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".") == ["step-00000015", "step-00000020"]
     (tmp_path / "step-00000020" / checkpoint.TENSORS).write_bytes(b"broken")
-    with pytest.raises(ArtifactError, match="is damaged.*remove it to go on from the one before"):
+    with pytest.raises(ArtifactError, match=r"is damaged.*remove it to go on from the one before"):
         checkpoint.latest(tmp_path)
     assert checkpoint.latest(tmp_path / "nothing") is None
 
@@ -270,10 +270,10 @@ def test_the_checkpoints_of_another_training_are_refused(tmp_path: Path) -> None
         recover(net(), net(), (x, y), steps=4, checkpoints=tmp_path, **PLAIN)
     with pytest.raises(StudyMismatchError, match="another seed"):
         recover(small(), net(), (x, y), steps=4, checkpoints=tmp_path, seed=1, **PLAIN)
+    other = small()
+    with torch.no_grad():
+        other[5][0].weight.mul_(2)  # type: ignore[index, operator]
     with pytest.raises(StudyMismatchError, match="size of the weights"):
-        other = small()
-        with torch.no_grad():
-            other[5][0].weight.mul_(2)  # type: ignore[index, operator]
         recover(other, net(), (x, y), steps=4, checkpoints=tmp_path, **PLAIN)
     nearly = small()
     with torch.no_grad():
@@ -320,10 +320,9 @@ def test_weights_that_explode_between_checkpoints_are_never_kept(tmp_path: Path)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     x = torch.randn(32, 4)
+    options = {"lr": 1e20, "clip": 0.0, "checkpoint": 1, "warmup": 0.0, **PLAIN}
     with pytest.raises(TrainingError):
-        recover(
-            model, None, (x, x[:, 0]), steps=200, lr=1e20, clip=0.0, checkpoints=tmp_path, checkpoint=1, warmup=0.0, **PLAIN
-        )  # fmt: skip
+        recover(model, None, (x, x[:, 0]), steps=200, checkpoints=tmp_path, **options)
     stored = checkpoint.latest(tmp_path)
     assert stored is not None
     assert all(torch.isfinite(v).all() for n, v in stored[0].items() if n.startswith("model."))

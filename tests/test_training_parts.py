@@ -327,10 +327,14 @@ def seen(source: Any, count: int, **options: Any) -> list[list[float]]:
     return [stream.next().args[0].flatten().tolist() for _ in range(count)]
 
 
+def flat(batches: list[list[float]]) -> list[float]:
+    return [value for batch in batches for value in batch]
+
+
 def test_data_in_memory_are_shuffled_anew_in_every_epoch() -> None:
     x = torch.arange(10.0).reshape(10, 1)
     found = seen(x, 6, batch_size=3)
-    epochs = [sum(found[:3], []), sum(found[3:], [])]
+    epochs = [flat(found[:3]), flat(found[3:])]
     for epoch in epochs:
         assert len(set(epoch)) == 9  # the incomplete batch is left out
     assert epochs[0] != epochs[1]
@@ -339,11 +343,11 @@ def test_data_in_memory_are_shuffled_anew_in_every_epoch() -> None:
     assert [len(b) for b in seen(x, 2, batch_size=64)] == [10, 10]
     joined = seen(as_batches(x, batch_size=5), 4)
     assert [len(b) for b in joined] == [5] * 4
-    assert sorted(sum(joined[:2], [])) == list(range(10))
+    assert sorted(flat(joined[:2])) == list(range(10))
     assert sorted(joined[0]) not in ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9])  # samples move between batches
     ragged = [torch.zeros(2, 3), torch.ones(2, 4), 2 * torch.ones(2, 5)]
     assert sorted(b[0] for b in seen(ragged, 3)) == [0, 1, 2]
-    assert sorted(sum(seen(TensorDataset(x), 5, batch_size=2), [])) == list(range(10))
+    assert sorted(flat(seen(TensorDataset(x), 5, batch_size=2))) == list(range(10))
 
 
 @given(skip=st.integers(0, 11), seed=st.integers(0, 5))
@@ -404,7 +408,7 @@ def test_what_a_loader_raises_is_one_line() -> None:
 
     stream = TrainingData(Broken())
     stream.next()
-    with pytest.raises(DataError, match="train: reading the data raised OSError: disk$"):
+    with pytest.raises(DataError, match=r"train: reading the data raised OSError: disk$"):
         stream.next()
     with pytest.raises(DataError, match="train: batch 0: an input holds NaN"):
         TrainingData([torch.full((2, 1), math.nan)]).next()

@@ -117,7 +117,8 @@ def product_gradients(chains: Sequence[Chain]) -> list[tuple[nn.Parameter, Tenso
     if not factors:
         return []
     with torch.enable_grad():
-        total = torch.stack([c.product().float().square().sum() for c in chains]).sum() / 2
+        wide = [p.float() if (p := c.product()).dtype in (torch.float16, torch.bfloat16) else p for c in chains]
+        total = torch.stack([product.square().sum() for product in wide]).sum() / 2
         grads = torch.autograd.grad(total, factors, allow_unused=True)
     return [(p, g) for p, g in zip(factors, grads, strict=True) if g is not None]
 

@@ -128,8 +128,8 @@ def compress(
                 target, before, recovered, plan, device, force if stage == stages else True, stage_facts
             )
             told.append({**stage_facts, "before": before, "after": written["after"], "costs": written["costs"]})
-            shutil.rmtree(here / "checkpoints", ignore_errors=True)
         if stage < stages:
+            shutil.rmtree(here / "checkpoints", ignore_errors=True)
             current = merged(recovery.teacher, model, plan).eval()
     if folder is None:
         shutil.rmtree(place, ignore_errors=True)

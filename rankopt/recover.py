@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from rankopt import checkpoint
 from rankopt.batches import Batch
 from rankopt.bn import has_batch_norm, recalibrate
+from rankopt.callables import load_callable
 from rankopt.chains import chains, decomposed
 from rankopt.divergence import Divergence
 from rankopt.errors import DataError, InputError, RankoptError, StudyMismatchError, TrainingError
@@ -99,8 +100,8 @@ def recover(
         until: stop after so many of the steps; the schedule is that of all of them. With `checkpoints` the next call
             goes on.
         judge: tells how bad a model is, for ``bn="auto"``; without it auto is off.
-        train: a training of your own instead of this loop: ``train(model, dense, batches, steps)`` changes the model it
-            is given, or returns one.
+        train: a training of your own instead of this loop (else ``options.function``, from the current folder):
+            ``train(model, dense, batches, steps)`` changes the model it is given, or returns one.
         seed: of everything that is random; the caller's generators stay as they are.
         timing: whether "auto" for precision and memory format is decided by timing, or else by the hardware.
         progress: told now and then.
@@ -115,11 +116,15 @@ def recover(
         raise InputError(f"recover: needs a torch.nn.Module, got {type(model).__name__}")
     start, result = time.perf_counter(), copy.deepcopy(model).eval()
     steps = chosen.steps if until is None else min(until, chosen.steps)
-    if train is not None:
-        return Recovered(_by_user(train, result, dense, batches, steps), steps, time.perf_counter() - start)
-    data = TrainingData(batches, chosen.batch, seed)
+    if train is None and chosen.function is not None:
+        train = load_callable(chosen.function, Path(), "recovery: function: ")
     found: dict[str, Any] = {}
-    if steps > 0:
+    if train is not None:
+        result = _by_user(train, result, dense, batches, steps)
+        if chosen.bn == "off" or not has_batch_norm(result):
+            return Recovered(result, steps, time.perf_counter() - start)
+    data = TrainingData(batches, chosen.batch, seed)
+    if train is None and steps > 0:
         device = _device(chosen.device, model)
         teacher = dense if dense is None or _device_of(dense) == device else copy.deepcopy(dense).to(device)
         folder = None if checkpoints is None else Path(checkpoints)

@@ -31,7 +31,9 @@ class Precision:
 
     def laid_out(self, model: nn.Module) -> nn.Module:
         """Bring a model's weights into the memory format, in place."""
-        return model.to(memory_format=torch.channels_last) if self.channels_last else model
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
 
     def placed(self, tensor: Tensor) -> Tensor:
         """An input in the memory format."""

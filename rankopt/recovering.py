@@ -206,7 +206,7 @@ def recover_study(
     if winner not in latest or latest[winner].steps < rungs[-1].steps:  # measured before a kill, or elsewhere
         train(winner, rungs[-1].steps)
     entry = names[winner]
-    device = {"compressed": {k: v for k, v in entry.measurements.items() if k.startswith(_DEVICE)}}
+    device: dict[str, Any] = {"compressed": {k: v for k, v in entry.measurements.items() if k.startswith(_DEVICE)}}
     device |= {"dense": dict(result.dense), "conditions": dict(result.conditions), "notes": list(result.notes)}
     more = {"winner": entry.trial, "plan": entry.plan.digest}
     written = recovery.written(out, before[winner], latest[winner], entry.plan, device, force, more)
@@ -231,7 +231,8 @@ def finalists(result: Result, count: int, limits: Sequence[Limit] | None = None)
     first = [best] if best.plan.changed() else []
     if not first and not pool:
         raise InputError("recover: within the limits there is only the dense model; allow less")
-    order = ranked([minimized(e.measurements, result.objectives) for e in pool]) if pool else []
+    points = [minimized(e.measurements, result.objectives) for e in pool]
+    order = [int(i) for i in ranked(points)] if pool else []
     return [*first, *(pool[i] for i in order)][:count]
 
 

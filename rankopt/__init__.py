@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rankopt.artifact import load
+    from rankopt.chains import merged
     from rankopt.checkpoint import load_checkpoint
     from rankopt.cost import count
     from rankopt.errors import InfeasibleError, InputError, RankoptError
     from rankopt.exporting import export
+    from rankopt.factorized import factorized
     from rankopt.layer_spec import LayerSpec
     from rankopt.layers import find_layers
     from rankopt.limits import Limit, parse_limit
     from rankopt.one_call import search
     from rankopt.plan import LayerChoice, Plan
     from rankopt.plan_diff import diff
+    from rankopt.recover import Recovered, recover
+    from rankopt.recovery_options import RecoveryOptions
     from rankopt.result import Entry, Result
     from rankopt.search import Search
     from rankopt.study_file import load_study
@@ -37,17 +41,22 @@ _HOMES = {
     "Limit": "limits",
     "Plan": "plan",
     "RankoptError": "errors",
+    "Recovered": "recover",
+    "RecoveryOptions": "recovery_options",
     "Result": "result",
     "Search": "search",
     "apply": "surgery",
     "count": "cost",
     "diff": "plan_diff",
     "export": "exporting",
+    "factorized": "factorized",
     "find_layers": "layers",
     "load": "artifact",
     "load_checkpoint": "checkpoint",
     "load_study": "study_file",
+    "merged": "chains",
     "parse_limit": "limits",
+    "recover": "recover",
     "search": "one_call",
     "verify": "verify",
 }
@@ -61,17 +70,22 @@ __all__ = [
     "Limit",
     "Plan",
     "RankoptError",
+    "Recovered",
+    "RecoveryOptions",
     "Result",
     "Search",
     "apply",
     "count",
     "diff",
     "export",
+    "factorized",
     "find_layers",
     "load",
     "load_checkpoint",
     "load_study",
+    "merged",
     "parse_limit",
+    "recover",
     "search",
     "verify",
 ]

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from rankopt import cli_show, saved_verbs
+from rankopt import cli_recovery, cli_show, saved_verbs
 from rankopt.cli_options import (
     Exports,
     Force,
@@ -54,6 +54,7 @@ def rankopt(
     rankopt front  STUDY             the plans that no other one beats
     rankopt export STUDY --out DIR   write the best one within the limits
     rankopt bench  STUDY             measure it beside the dense model
+    rankopt recover DIR --study S    fine-tune what was written
     rankopt report STUDY --out FILE  all of it as one HTML page
 
     \b
@@ -255,6 +256,8 @@ app.command()(saved_verbs.verify)
 app.command()(saved_verbs.diff)
 for verb in (cli_show.report, cli_show.plot, cli_show.trials):
     app.command()(verb)
+app.command()(cli_recovery.recover)
+app.command()(cli_recovery.compress)
 
 
 def main(args: Sequence[str] | None = None) -> int:

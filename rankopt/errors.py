@@ -14,6 +14,7 @@
     │   └── ArtifactError          a directory that does not hold what it should
     ├── InfeasibleError            no plan meets the limits; says what is reachable
     ├── RefusedDecomposition       this layer at this rank: the result would be bad (not an input error of the user's)
+    ├── TrainingError              a fine-tuning that does not stay finite
     └── UncountedOperationError    the model runs an operation that no counter counts
 
 A message says where, what was needed, what was given and what to do, on one line.
@@ -77,6 +78,10 @@ class InfeasibleError(RankoptError):
 
 class RefusedDecomposition(RankoptError):
     """The decomposition exists but is numerically bad here, so it is not offered."""
+
+
+class TrainingError(RankoptError):
+    """A fine-tuning whose loss, gradients or weights become infinite again and again."""
 
 
 class UncountedOperationError(RankoptError):

@@ -65,6 +65,7 @@ class Evaluator:
         bn_batches: inputs that batch norm is recalibrated on.
         devices: where latency and memory are measured, or None.
         fast: how trials run models; `build` and `quality` are exact unless asked.
+        recovery: trains a built module a little, ``recovery(built, dense, plan) -> module``, or None.
     """
 
     def __init__(
@@ -82,10 +83,11 @@ class Evaluator:
         bn_batches: Sequence[Batch] = (),
         devices: Devices | None = None,
         fast: Precision = EXACT,
+        recovery: Callable[[nn.Module, nn.Module, Plan], nn.Module] | None = None,
     ) -> None:
         self.model, self.layers, self.factors, self.cost = model, list(layers), factors, cost
         self.validation, self.divergence, self.metric = list(validation), divergence, metric
-        self.refit = refit
+        self.refit, self.recovery = refit, recovery
         self.bn = bn if has_batch_norm(model) else "off"
         self.bn_batches = list(bn_batches)
         self.devices: Devices | None = None
@@ -114,7 +116,7 @@ class Evaluator:
         }
 
     def build(self, plan: Plan, bn: bool | None = None, quick: bool = False) -> nn.Module:
-        """The compressed model in eval mode: applied, refitted, and with batch norm recalibrated if `bn` says so.
+        """The compressed model in eval mode: applied, refitted, recovered, batch norm recalibrated if `bn` says so.
 
         The plan must be checked before, since weights are not compared with its fingerprint here (see `apply`). With
         `quick` it is refitted as trials run models, and its weights are in that memory format.
@@ -125,6 +127,8 @@ class Evaluator:
             modules = dict(built.named_modules())
             chains = {n: m for n in plan.changed() if isinstance(m := modules[n], nn.Sequential)}
             self.refit(built, chains, quick)
+        if self.recovery is not None:
+            built = self.recovery(built, self.model, plan)
         if bn is None:
             bn = self.bn == "on"
         if bn:

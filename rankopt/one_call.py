@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rankopt.evaluate import Metric
 from rankopt.limits import Limit, parse_limit
 from rankopt.result import Progress, Result
 from rankopt.search import Search
+from rankopt.short_recovery import ShortRecovery
 from rankopt.targets.target import Target
 
 
@@ -39,6 +41,8 @@ def search(
     samples: int | None = None,
     memory: int | None = None,
     allow: Sequence[str] = (),
+    recovery: int | Mapping[str, Any] | None = None,
+    train: Any = None,
 ) -> Result:
     """Find compressed versions of a trained model that keep the limits.
 
@@ -66,6 +70,8 @@ def search(
         samples: at most so many calibration samples.
         memory: bytes to work with besides the dense and a compressed model; see `Search`.
         allow: operations that no counter knows and that shall count as nothing; see `Search`.
+        recovery: a short training in every trial: steps, or a mapping of `RecoveryOptions`.
+        train: data for it, e.g. a DataLoader; the calibration data when None.
 
     Returns:
         A `Result`: ``.front``, ``.best()``; each entry has ``.plan``, ``.measurements``, ``.build()``, ``.save(dir)``.
@@ -85,6 +91,7 @@ def search(
         if not callable(evaluate):
             raise InputError(f"evaluate: needs a callable module -> float, got {type(evaluate).__name__}")
         metric = lambda module, batches: evaluate(module)  # noqa: E731
+    short = ShortRecovery.of(recovery)
     parsed = [li if isinstance(li, Limit) else parse_limit(li) for li in _listed(limits)]
     run = Search(
         model,
@@ -105,6 +112,7 @@ def search(
         allow=allow,
         targets=[] if target in (None, "none") else [target] if isinstance(target, str | Target) else list(target),
         cache=cache,
+        recovery=replace(short, batches=train, seed=seed) if short else None,
     )
     return run.run(progress)
 

@@ -90,7 +90,7 @@ def facts_of(search: Search) -> dict[str, str]:
         "metric": metric if isinstance(metric, str) else "a callable" if metric else "none",
         "refit": repr(search.refit_options) + f" on {search.refit_samples} samples",
         "bn": search.bn,
-    }
+    } | ({"recovery": str(search.recovery)} if search.recovery else {})
 
 
 def _measure_together(search: Search, inherited: Sequence[ledger.Judged], known: Sequence[Entry]) -> None:

@@ -36,6 +36,7 @@ from rankopt.problem import space_of
 from rankopt.refit import Refit, RefitOptions
 from rankopt.result import Entry, Progress, Result
 from rankopt.saving import saved
+from rankopt.short_recovery import ShortRecovery
 from rankopt.space import SearchSpace
 from rankopt.space_file import Space, load_space, resolve, tied_groups
 from rankopt.surgery import checked
@@ -82,6 +83,8 @@ class Search:
         cache: folder of latency tables (None: the user's cache folder; False: nothing is kept).
         retargeted: take over the quality of all plans that another study in the storage measured with the same model,
             data and space; only latency is measured anew.
+        recovery: a short training in every trial: a number of steps, `RecoveryOptions` as a mapping, or a
+            `ShortRecovery` with training data of its own; otherwise it is trained on the calibration data.
     """
 
     def __init__(
@@ -118,9 +121,10 @@ class Search:
         targets: Sequence[Target | str] = (),
         cache: Path | bool | None = None,
         retargeted: bool = False,
+        recovery: int | Mapping[str, Any] | ShortRecovery | None = None,
     ) -> None:
         self.model, self.source, self.allow = model, source, tuple(allow)
-        self.retargeted = retargeted
+        self.retargeted, self.recovery = retargeted, ShortRecovery.of(recovery)
         self.example, self.example_kwargs = example_input, dict(example_kwargs or {})
         if threads is not None:
             torch.set_num_threads(threads)
@@ -162,6 +166,7 @@ class Search:
         storage: str | None = None,
         seed: int | None = None,
         targets: Sequence[Target] | None = None,
+        model: nn.Module | None = None,
     ) -> Search:
         """Build the model and data that a study file names. `storage` is a URL; the others replace the file's."""
         torch.set_num_threads(file.threads)
@@ -169,7 +174,7 @@ class Search:
         args, kwargs = file.example()
         spec = file.model.call
         return cls(
-            file.build_model(),
+            file.build_model() if model is None else model,
             args,
             kwargs,
             calibration=splits["calibration"],
@@ -196,6 +201,7 @@ class Search:
             targets=file.make_targets() if targets is None else targets,
             cache=file.cache_folder,
             retargeted=file.study_on(targets) != file.name,
+            recovery=file.short_recovery(),
             source=source_of(spec, file.model.args),
         )
 
@@ -293,6 +299,7 @@ class Search:
             bn=self.bn,
             bn_batches=self.calibration,
             fast=fast,
+            recovery=self.recovery.on(self.calibration, self.divergence) if self.recovery else None,
         )
 
     def run(self, progress: Callable[[Progress], None] | None = None) -> Result:

@@ -27,6 +27,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 from rankopt.callables import call, check_spec, load_callable
 from rankopt.errors import LimitError, StudyFileError
 from rankopt.limits import Limit, parse_limit
+from rankopt.recovery_options import RecoveryOptions
 from rankopt.space_file import Space, load_space
 from rankopt.targets import names as target_names
 from rankopt.yaml_file import Strict, closest, parse, read_yaml, shown
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from rankopt.batches import Batch
+    from rankopt.short_recovery import ShortRecovery
     from rankopt.targets.target import Target
 
 # Stated here, since reading a study file loads neither Optuna nor torch; a test compares them with the tables.
@@ -44,6 +46,7 @@ STRATEGY_NAMES = (
 )  # fmt: skip
 SAMPLER_NAMES = ("auto", "tpe", "nsga2", "nsga3", "gp", "cmaes", "qmc", "random")
 SPLITS = ("calibration", "validation", "test")
+TRAIN = "train"  # iterated by the training itself, anew in every epoch
 
 
 def _objective(value: Any) -> str:
@@ -127,15 +130,6 @@ class RefitSpec(Strict):
     samples: int | None = Field(None, ge=1)
 
 
-class RecoverySpec(Strict):
-    """`bn`: re-estimate batch norm statistics: on, off, or auto (kept where it wins on validation data)."""
-
-    bn: Annotated[
-        Literal["auto", "on", "off"],
-        BeforeValidator(lambda v: {True: "on", False: "off"}[v] if isinstance(v, bool) else v),  # YAML reads on as true
-    ] = "auto"
-
-
 class OutputSpec(Strict):
     """What the model returns, and which dimension holds the classes; the default is read off an output."""
 
@@ -169,11 +163,12 @@ class StudyFile(Strict):
     storage: str | None = Field(None, min_length=1)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     refit: RefitSpec = RefitSpec()
-    recovery: RecoverySpec = RecoverySpec()
+    recovery: RecoveryOptions = RecoveryOptions()
     output: OutputSpec = OutputSpec()
     allow: list[str] = Field(default_factory=list)
     _path: Path = PrivateAttr(Path("study.yaml"))
     _splits: dict[str, list[Batch]] | None = PrivateAttr(None)
+    _train: Any = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _consistent(self) -> StudyFile:
@@ -286,18 +281,37 @@ class StudyFile(Strict):
             if not isinstance(found, Mapping):
                 raise StudyFileError(f"{where}: must return a mapping of splits, got {type(found).__name__}")
             for key in found:
-                if key not in SPLITS:
-                    raise StudyFileError(f"{where}: returned an unknown split {key!r}{closest(key, SPLITS)}")
+                if key not in (*SPLITS, TRAIN):
+                    raise StudyFileError(f"{where}: returned an unknown split {key!r}{closest(key, (*SPLITS, TRAIN))}")
             if found.get("calibration") is None:
                 raise StudyFileError(f"{where}: must return the split 'calibration'; got {', '.join(found) or 'none'}")
-            self._splits = {}
+            self._splits, self._train = {}, found.get(TRAIN)
             for key in SPLITS:
                 source = found.get(key)
                 if source is not None:
                     spec: SplitSpec = getattr(self, key)
-                    source = source() if callable(source) and not hasattr(source, "__getitem__") else source
+                    source = _called(source)
                     self._splits[key] = as_batches(source, samples=spec.samples, batch_size=spec.batch, where=key)
         return self._splits
+
+    def training_data(self) -> Any:
+        """The split ``train`` as it was returned, or None; a function is called when it is asked for."""
+        self.splits()
+        self._train = _called(self._train)
+        return self._train
+
+    def training_function(self) -> Callable[..., Any] | None:
+        """The user's own training, called as function(model, dense, batches, steps)."""
+        spec = self.recovery.function
+        return load_callable(spec, self.base_dir, f"{self._path}: recovery.function: ") if spec else None
+
+    def short_recovery(self) -> ShortRecovery | None:
+        """The training that is part of every trial, if there is one."""
+        if self.recovery.steps == 0:
+            return None
+        from rankopt.short_recovery import ShortRecovery
+
+        return ShortRecovery(self.recovery, self.training_data(), train=self.training_function(), seed=self.seed)
 
     def example(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """(args, kwargs) of a call of the model with one sample."""
@@ -315,6 +329,11 @@ class StudyFile(Strict):
         spec: CallSpec = getattr(self, key)
         function = load_callable(spec.call, self.base_dir, f"{self._path}: {key}.call: ")
         return call(function, spec.args, f"{self._path}: {key}.")
+
+
+def _called(source: Any) -> Any:
+    """A split, made now where it is a function."""
+    return source() if callable(source) and not hasattr(source, "__getitem__") else source
 
 
 def storage_url(text: str, base_dir: Path) -> str:

@@ -3,13 +3,14 @@
 The folder of data is the argument ``root``, else the environment variable RANKOPT_DATA, else ``../shared/data`` beside
 the repository. It holds ``cifar10/``: train_0.npz, train_1.npz, test.npz (lossless WebP tiles of 500 images and labels)
 and resnet20.safetensors, resnet56.safetensors. Calibration and validation come from the training images, disjoint.
+Recovery trains on all training images but those of the validation split, shifted and flipped anew in every epoch.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,12 @@ def resnet56(root: str | None = None) -> nn.Module:
 
 
 def data(
-    root: str | None = None, calibration: int = 2000, validation: int = 2000, augment: bool = True, seed: int = 0
+    root: str | None = None,
+    calibration: int = 2000,
+    validation: int = 2000,
+    augment: bool = True,
+    seed: int = 0,
+    batch: int = 128,
 ) -> dict[str, Callable[[], Any]]:
     """The splits, each decoded when it is asked for.
 
@@ -89,19 +95,45 @@ def data(
     calibrated on plain training images, plans at half the MACs lost 3 points more.
     """
 
+    def train() -> Augmented:
+        parts = [pixels("train_0", None, root), tuple(t[validation:] for t in pixels("train_1", None, root))]
+        return Augmented(torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]), batch)
+
     def training(name: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
         x, y = images(name, count, root)
-        return (_augmented(x, seed) if augment else x), y
+        return (_augmented(x, torch.Generator().manual_seed(seed)) if augment else x), y
 
     return {
         "calibration": lambda: training("train_0", calibration, seed),
         "validation": lambda: training("train_1", validation, seed + 1),
         "test": lambda: images("test", None, root),
+        "train": train,
     }
+
+
+class Augmented:
+    """Batches of all images in a new order in every pass, shifted and flipped; the incomplete one is left out."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor, batch: int) -> None:
+        self.pixels, self.labels, self.batch = pixels, labels, batch
+
+    def __len__(self) -> int:
+        return len(self.pixels) // self.batch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.pixels)).split(self.batch)
+        for index in order[: len(self)]:
+            yield _augmented(_normalized(self.pixels[index])), self.labels[index]
 
 
 def images(name: str, first: int | None = None, root: str | None = None) -> tuple[Tensor, Tensor]:
     """The first images of a file, normalized, (n, 3, 32, 32), and their labels."""
+    x, y = pixels(name, first, root)
+    return _normalized(x), y
+
+
+def pixels(name: str, first: int | None = None, root: str | None = None) -> tuple[Tensor, Tensor]:
+    """The first images of a file as bytes, (n, 3, 32, 32), and their labels."""
     from PIL import Image
 
     path = _file(f"{name}.npz", root)
@@ -117,15 +149,18 @@ def images(name: str, first: int | None = None, root: str | None = None) -> tupl
         ]
     except (OSError, KeyError, ValueError) as error:
         raise error if isinstance(error, DataError) else DataError(f"{path}: can't be read: {error}") from None
-    pixels: NDArray[np.uint8] = np.concatenate([tile.reshape(-1, 32, 32, 3) for tile in tiles])[:n]
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(255)
+    found: NDArray[np.uint8] = np.concatenate([tile.reshape(-1, 32, 32, 3) for tile in tiles])[:n]
+    x = torch.from_numpy(found).permute(0, 3, 1, 2).contiguous()
+    return x, torch.from_numpy(label[:n].astype(np.int64))
+
+
+def _normalized(x: Tensor) -> Tensor:
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
-    return ((x - mean) / std).contiguous(), torch.from_numpy(label[:n].astype(np.int64))
+    return ((x.float().div_(255) - mean) / std).contiguous()
 
 
-def _augmented(x: Tensor, seed: int) -> Tensor:
-    """Random flips and crops after padding by 4, one draw an image, the same for a seed."""
-    generator = torch.Generator().manual_seed(seed)
+def _augmented(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Random flips and crops after padding by 4, one draw an image, from the generator or the global one."""
     n = len(x)
     flip = torch.rand(n, generator=generator) < 0.5
     x = torch.where(flip.view(n, 1, 1, 1), x.flip(3), x)

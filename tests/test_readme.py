@@ -217,3 +217,14 @@ def test_every_strategy_is_described() -> None:
     assert set(STRATEGIES) <= named
     keys = next(b for b in blocks(section("Study files"), "yaml"))
     assert all(name in keys for name in SAMPLERS)
+
+
+def test_every_option_of_the_recovery_is_described_with_its_default() -> None:
+    from rankopt.recovery_options import RecoveryOptions
+
+    rows = re.findall(r"^\| (`[^|]*`) \| (`[^|]*`) \|", section("Recovery"), re.MULTILINE)
+    described = {}
+    for names_, defaults in rows:
+        values = [yaml.safe_load(value) for value in re.findall(r"`([^`]*)`", defaults)]
+        described |= dict(zip(re.findall(r"`([^`]*)`", names_), values, strict=True))
+    assert described == RecoveryOptions().model_dump()

@@ -36,7 +36,7 @@ def missing(): raise DataError("weights.pt: there is no such file")
 def data(n=40):
     x, y = torch.randn(n, 6), torch.arange(n) % 3
     return {"calibration": (x, y), "validation": lambda: (x + 1, y)}
-def other_split(): return {"calibration": [torch.zeros(2, 6)], "train": []}
+def other_split(): return {"calibration": [torch.zeros(2, 6)], "trial": []}
 def no_calibration(): return {"test": [torch.zeros(2, 6)]}
 def no_mapping(): return [torch.zeros(2, 6)]
 def empty(): return {"calibration": []}
@@ -227,7 +227,7 @@ USED: dict[str, tuple[dict[str, Any], str, str]] = {
         "build_model",
         "model.args: got an unexpected keyword argument 'widht'",
     ),
-    "data unknown split": ({"data": "code.py:other_split"}, "splits", "data.call: returned an unknown split 'train'"),
+    "data unknown split": ({"data": "code.py:other_split"}, "splits", "data.call: returned an unknown split 'trial'"),
     "data no calibration": (
         {"data": "code.py:no_calibration"},
         "splits",

@@ -1,0 +1,96 @@
+"""Which precision and memory format a training runs in: what the hardware is built for, or what is measured to gain."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankopt.recovery_options import RecoveryOptions
+
+_GAIN = 0.95  # of the time in float32 and the contiguous format: what is not faster than this is not worth a change
+_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Precision:
+    """bfloat16 autocast or not, channels-last or not."""
+
+    bfloat16: bool = False
+    channels_last: bool = False
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Inside, matrix products and convolutions run in bfloat16, if that was chosen."""
+        return torch.autocast(device.type, torch.bfloat16) if self.bfloat16 else nullcontext()
+
+    def laid_out(self, model: nn.Module) -> nn.Module:
+        """Bring a model's weights into the memory format, in place."""
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return model
+
+    def placed(self, tensor: Tensor) -> Tensor:
+        """An input in the memory format."""
+        images = self.channels_last and tensor.dim() == 4
+        return tensor.contiguous(memory_format=torch.channels_last) if images else tensor
+
+    def __str__(self) -> str:
+        return ("bfloat16" if self.bfloat16 else "float32") + (", channels-last" if self.channels_last else "")
+
+
+def choices(options: RecoveryOptions, model: nn.Module, device: torch.device) -> list[Precision]:
+    """What the options leave open and the hardware and the model can do; the plainest first."""
+    images = any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in model.modules())
+    single = all(p.dtype == torch.float32 for p in model.parameters())
+    able = single and built_for_bfloat16(device)
+    kinds = {"float32": [False], "bfloat16": [True], "auto": [False, True] if able else [False]}[options.precision]
+    formats = {"contiguous": [False], "channels_last": [True], "auto": [False, True] if images else [False]}
+    found = [Precision(half, last) for half in kinds for last in formats[options.memory_format]]
+    # bfloat16 without channels-last converts layouts again and again: not worth timing where both are open
+    return [p for p in found if p.channels_last or not p.bfloat16 or not images or len(found) < 4]
+
+
+def built_for_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware; elsewhere it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(check()) for name in checks if (check := getattr(torch.cpu, name, None)) is not None)
+
+
+def by_hardware(options: RecoveryOptions, model: nn.Module, device: torch.device) -> Precision:
+    """The last of the choices, without timing: the same on every machine of one kind."""
+    return choices(options, model, device)[-1]
+
+
+def by_timing(
+    options: RecoveryOptions, model: nn.Module, device: torch.device, step: Callable[[nn.Module, Precision], Any]
+) -> tuple[Precision, dict[str, float]]:
+    """The choice whose training steps are fastest, and the seconds of each; in turns, on copies of the model.
+
+    Args:
+        options, model, device: see `choices`.
+        step: runs a model forward and backward once.
+    """
+    offered = choices(options, model, device)
+    if len(offered) == 1:
+        return offered[0], {}
+    copies = {choice: choice.laid_out(copy.deepcopy(model)) for choice in offered}
+    best = dict.fromkeys(offered, float("inf"))
+    for number in range(1 + _ROUNDS):
+        for choice, other in copies.items():
+            start = time.perf_counter()
+            step(other, choice)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if number > 0:  # the first is a warm-up
+                best[choice] = min(best[choice], time.perf_counter() - start)
+    fastest = min(offered, key=best.__getitem__)
+    chosen = fastest if best[fastest] < _GAIN * best[offered[0]] else offered[0]
+    return chosen, {str(choice): seconds for choice, seconds in best.items()}

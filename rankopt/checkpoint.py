@@ -101,7 +101,7 @@ def _of_torch(path: Path) -> dict[str, Tensor]:
                 f"{path}: holds Python objects besides tensors{what}, which are not loaded because that could run "
                 "code; save the weights alone: torch.save(model.state_dict(), ...), or use safetensors"
             ) from None
-        raise ArtifactError(f"{path}: is no checkpoint of torch.save: {text[:160]}") from None
+        raise ArtifactError(f"{path}: is no checkpoint of torch.save ({type(error).__name__}: {text[:120]})") from None
     while isinstance(found, Mapping):
         inner = next((found[key] for key in _WITHIN if isinstance(found.get(key), Mapping)), None)
         if inner is None:

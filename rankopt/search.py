@@ -63,28 +63,23 @@ class Search:
         objectives: names; the default is accuracy (kl without a metric) and macs.
         space: a search space in any form that `load_space` takes.
         trials, seed, storage, name: of the study. Without storage it lives in memory.
-        strategy: how plans are chosen, of `rankopt.strategies`.
-        sampler: Optuna's sampler for the strategies that ask one, of `rankopt.sampling`.
-        seeds: how many solved plans come first (None: a third of the trials, at most 12).
+        strategy, sampler, seeds: how plans are chosen; see `strategies.strategy.Setting`.
         refit: how trials are refitted (None: not).
         refit_samples: calibration samples used for it.
         bn: "auto", "on" or "off"; see `Evaluator`.
-        precision: how trials run models: float32, bfloat16, or auto, which is bfloat16 where the hardware has units for
-            it and the dense model comes out the same. What a study ends with is built and measured in float32.
+        precision: how trials run models, see `precision.chosen`; what a study ends with is measured in float32.
         output, class_dim: see `Divergence.of`.
         threads: torch threads while running (None: as they are).
         memory: bytes to work with besides the dense and a compressed model (None: a quarter of the weights, and at
-            least 1 GiB). Layers are calibrated in chunks, factors wait on disk, and the refit takes fewer output
-            positions where this is not enough.
+            least 1 GiB). Where that is not enough, layers are calibrated in chunks and factors wait on disk.
         allow: operations that no counter knows and that shall count as nothing, e.g. ``["mylib::op"]``.
         source: where the model's class is found, ``package.module:Name``; recorded in artifacts.
         targets: where latency is measured, as `Target`s or as on the command line, ``"onnxruntime:threads=2"``. The
             first is meant by limits and objectives that name none.
-        cache: folder of latency tables (None: the user's cache folder; False: nothing is kept).
+        cache: folder of latency tables (None: the user's cache folder; False: none).
         retargeted: take over the quality of all plans that another study in the storage measured with the same model,
             data and space; only latency is measured anew.
-        recovery: a short training in every trial: a number of steps, `RecoveryOptions` as a mapping, or a
-            `ShortRecovery` with training data of its own; otherwise it is trained on the calibration data.
+        recovery: a short training in every trial: steps, `RecoveryOptions` as a mapping, or a `ShortRecovery`.
     """
 
     def __init__(

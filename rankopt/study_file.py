@@ -7,10 +7,8 @@
     metric: accuracy               # or kl, or a callable (module, batches) -> float, higher is better
     example_input: [1, 3, 32, 32]  # or {shape, dtype}, or a callable; default: the first calibration sample
     calibration: {samples: 1024, batch: 128}
-    validation: {samples: 2000, batch: 256}
     space: resnet                  # a ready search space, a path, or a mapping
     limits: ["macs<=50%"]
-    objectives: [kl, macs]
     trials: 100
 
 Reading the file imports nothing that it names: `build_model`, `splits` and `metric_function` do.
@@ -209,14 +207,12 @@ class StudyFile(Strict):
 
     def choosing(self, strategy: str | None, sampler: str | None) -> StudyFile:
         """The same study with another strategy or sampler, where one is given; raises `StudyFileError` for no such."""
-        names = {"strategy": (strategy, STRATEGY_NAMES), "sampler": (sampler, SAMPLER_NAMES)}
-        for key, (value, known) in names.items():
-            if value is not None and value not in known:
+        given = {k: v for k, v in (("strategy", strategy), ("sampler", sampler)) if v is not None}
+        for key, value in given.items():
+            known = STRATEGY_NAMES if key == "strategy" else SAMPLER_NAMES
+            if value not in known:
                 raise StudyFileError(f"{key}: must be one of {', '.join(known)}, got {value!r}{closest(value, known)}")
-        given = {key: value for key, (value, _) in names.items() if value is not None}
-        changed = self.model_copy(update=given)
-        changed._path, changed._splits = self._path, self._splits
-        return changed
+        return self.model_copy(update=given)
 
     def make_targets(self) -> list[Target]:
         """The targets that are named; raises `StudyFileError` that names the option that is wrong."""

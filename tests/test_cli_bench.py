@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from saved_models import rehash
 
 from rankopt.cli import main
 from rankopt.timing import Effort
@@ -220,6 +221,7 @@ def test_a_saved_model_without_a_source(run: Callable[..., Ran], place: Path, tm
         (bare / file.name).write_bytes(file.read_bytes())
     record = json.loads((bare / "environment.json").read_text())
     (bare / "environment.json").write_text(json.dumps(record | {"source": None}))
+    rehash(bare)
     ran = run(bare, "--input", "1x12", "--target", MADE_UP)
     assert ran.code == 2
     assert "records no source of the dense model; give --study STUDY" in ran.err

@@ -103,6 +103,7 @@ def halve(
     objectives: Sequence[str],
     rungs: Sequence[Rung],
     *,
+    best: Callable[[Mapping[str, Values]], str] | None = None,
     executor: Executor = one_by_one,
     folder: Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
@@ -114,6 +115,8 @@ def halve(
         train: brings a finalist to so many steps in all, and measures it.
         objectives: quantities; accuracy is maximized, all others minimized.
         rungs: from `plan_rungs`.
+        best: which of those that were trained so far is wanted most, under limits, say; it is always promoted, before
+            what dominance says of the others.
         executor: carries out the trainings of a rung.
         folder: where every measurement is kept as soon as it is known; calling again goes on there.
         progress: told what happens.
@@ -151,6 +154,9 @@ def halve(
             raise TrainingError(f"halving: no finalist stayed finite: {next(iter(result.stopped.values()))[1]}")
         points = np.array([minimized(result.measured[name][rung.steps], objectives) for name in running])
         order = [running[i] for i in ranked(points)]
+        if best is not None:
+            first = best({name: result.measured[name][rung.steps] for name in running})
+            order = [first, *(name for name in order if name != first)]
         if number == len(rungs) - 1:
             result.winners = order
             break

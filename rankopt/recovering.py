@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from rankopt import artifact
-from rankopt.errors import InputError, RankoptError
+from rankopt.errors import InfeasibleError, InputError
 from rankopt.evaluate import Evaluator
 from rankopt.factors import Factors
 from rankopt.halving import Executor, Halving, Rung, halve, one_by_one, plan_rungs
@@ -201,8 +202,17 @@ def recover_study(
     before = {name: recovery.measure(start(name)) for name in names}
     values_before = {name: values(name, found["validation"]) for name, found in before.items()}
     rungs = rungs or plan_rungs(len(names), recovery.options.steps, eta)
-    halving = halve(values_before, train, result.objectives, rungs, executor=executor, folder=folder, progress=tell)
-    winner = _winner(halving, names, result, limits)
+    halving = halve(
+        values_before,
+        train,
+        result.objectives,
+        rungs,
+        best=lambda measured: _best(measured, names, result, limits),
+        executor=executor,
+        folder=folder,
+        progress=tell,
+    )
+    winner = halving.winners[0]
     if winner not in latest or latest[winner].steps < rungs[-1].steps:  # measured before a kill, or elsewhere
         train(winner, rungs[-1].steps)
     entry = names[winner]
@@ -242,17 +252,19 @@ def beside(out: Path) -> Path:
     return out.with_name(f"{out.name}.recovery")
 
 
-def _winner(halving: Halving, names: Mapping[str, Entry], result: Result, limits: Sequence[Limit] | None) -> str:
-    """The best of those that were trained to the end, as `Result.best` has it; limits on quality may be missed."""
-    entries = [Entry(names[n].trial, names[n].plan, halving.last(n), True) for n in halving.winners]
+def _best(
+    measured: Mapping[str, Mapping[str, float]],
+    names: Mapping[str, Entry],
+    result: Result,
+    limits: Sequence[Limit] | None,
+) -> str:
+    """The best of these as `Result.best` has it; where none keeps a limit on quality yet, without that limit."""
+    entries = [Entry(names[n].trial, names[n].plan, values, True) for n, values in measured.items()]
     wanted = tuple(result.limits if limits is None else limits)
-    for kept in (wanted, tuple(li for li in wanted if li.quantity not in ("accuracy", "kl")), ()):
-        again = Result(entries, result.objectives, kept, result.dense)
-        try:
-            return f"trial {again.best().trial}"
-        except RankoptError:
-            continue
-    return halving.winners[0]
+    for kept in (wanted, tuple(li for li in wanted if li.quantity not in ("accuracy", "kl"))):
+        with suppress(InfeasibleError):
+            return f"trial {Result(entries, result.objectives, kept, result.dense).best().trial}"
+    return next(iter(measured))
 
 
 def _of(device: Mapping[str, Any], which: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ the model's own randomness (dropout, mixup) is another one. So the batches do no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -71,24 +71,27 @@ class TrainingData:
 
     def go_to(self, epoch: int, position: int) -> None:
         """Let the next batch be that of this epoch and position; those before it are read and thrown away."""
+        _close(self._batches)
         self.epoch, self.position, self._batches = epoch, position, None
 
     def some(self, count: int) -> list[Batch]:
         """The first batches of an epoch of their own, without moving on."""
         other = object.__new__(TrainingData)
         other.__dict__.update(self.__dict__)
-        other._random = Randomness(0)
+        other._batches = None
         other._begin(2**20, 0)
         found: list[Batch] = []
         with other._random.inside():
             while len(found) < count and (batch := other._step()) is not None:
                 found.append(batch)
+        _close(other._batches)
         if not found:
             raise DataError(f"{self._where}: no batches (an empty loader, or a generator that was used up before)")
         return found
 
     def _begin(self, epoch: int, position: int) -> None:
         seed = int(np.random.SeedSequence([self._seed, epoch]).generate_state(1)[0])
+        _close(self._batches)
         self._random = Randomness(seed)
         with self._random.inside():
             for part in (self._source, *(getattr(self._source, n, None) for n in ("sampler", "batch_sampler"))):
@@ -128,6 +131,12 @@ class TrainingData:
         for number, item in enumerate(source):
             (batch,) = as_batches([item], where=f"{self._where}: batch {number}")
             yield batch
+
+
+def _close(batches: Iterator[Batch] | None) -> None:
+    """End a pass that may be in its middle, so that a loader's workers go at once."""
+    if isinstance(batches, Generator):
+        batches.close()
 
 
 def _uncut(source: Any) -> bool:

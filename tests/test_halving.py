@@ -95,6 +95,19 @@ def test_who_cannot_reach_the_front_is_stopped_early() -> None:
     assert hopeless(kept, ["good", "near"], ["kl", "macs"]) == []
 
 
+def test_the_one_that_is_wanted_most_is_always_promoted() -> None:
+    """Under a limit the costlier one is wanted, though the cheaper ones add more to the hypervolume."""
+    train = Curves({"wanted": (0.6, 0.35, 1.0), "near": (0.61, 0.36, 0.9), "cheap": (1.0, 0.9, 0.1)})
+    rungs = [Rung(10, 3), Rung(30, 1)]
+    plain = halve(train.finalists, train, ["kl", "macs"], rungs)
+    assert plain.winners != ["wanted"]
+
+    def best(measured: Mapping[str, Mapping[str, float]]) -> str:
+        return min(measured, key=lambda name: measured[name]["kl"])
+
+    assert halve(train.finalists, train, ["kl", "macs"], rungs, best=best).winners == ["wanted"]
+
+
 def test_accuracy_is_maximized() -> None:
     values = {"a": {"accuracy": 90.0, "macs": 1.0}, "b": {"accuracy": 80.0, "macs": 1.0}}
     found = halve(values, lambda name, steps: values[name], ["accuracy", "macs"], [Rung(5, 2), Rung(10, 1)])

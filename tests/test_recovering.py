@@ -28,7 +28,11 @@ from torch import nn
 
 def model():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    net = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(2.5)
+    return net
 
 class Loader:
     def __iter__(self):
@@ -60,7 +64,15 @@ STUDY: dict[str, Any] = {
     "limits": ["macs<=40%"],
     "objectives": ["kl", "macs"],
     "trials": 6,
-    "recovery": {"final_steps": 60, "lr": 0.05, "precision": "float32", "device": "cpu", "checkpoint": 10},
+    "recovery": {
+        "final_steps": 60,
+        "lr": 0.01,
+        "distill": 1,
+        "temperature": 1,
+        "checkpoint": 10,
+        "precision": "float32",
+        "device": "cpu",
+    },
 }
 
 
@@ -92,7 +104,7 @@ def test_a_saved_model_is_recovered_and_loads(study: Path, run: Any) -> None:
     run("search", study, "--out", "small")
     found = json.loads(run("recover", "small", "--study", study, "--out", "better", "--json"))
     for split in ("validation", "test"):
-        assert found["after"][split]["kl"] < 0.7 * found["before"][split]["kl"]
+        assert found["after"][split]["kl"] < 0.9 * found["before"][split]["kl"]
         assert found["dense"][split]["accuracy"] == 100
     assert found["training"]["steps"] == 60
     assert found["training"]["precision"] == "float32"

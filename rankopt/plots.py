@@ -67,6 +67,8 @@ def _height(chart: Chart) -> float:
 
 
 def _draw(chart: Chart, axes: Axes, titled: bool) -> None:
+    from matplotlib.ticker import EngFormatter
+
     places = {name: number for number, name in enumerate(chart.categories)}
     for series in chart.series:
         _series(series, axes, places)
@@ -87,13 +89,18 @@ def _draw(chart: Chart, axes: Axes, titled: bool) -> None:
     if places:
         axes.set_yticks(list(places.values()), [_plain(_short(name)) for name in places], fontsize=6)
         axes.set_ylim(len(places) - 0.4, -0.6)
+        if axes.get_xlim()[1] >= 10_000:
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10k, not 10000
     axes.set_xlabel(_plain(chart.x))
     axes.set_ylabel(_plain(chart.y))
     if titled:
-        axes.set_title(_plain(chart.title))
+        axes.set_title(_plain(chart.title), pad=18 if places and sum(bool(s.name) for s in chart.series) > 1 else 6)
     handles, names = axes.get_legend_handles_labels()
     if len(names) > 1:
-        axes.legend(handles, names, loc="best" if not places else "lower right")
+        if places:  # bars reach everywhere: above them
+            axes.legend(handles, names, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(names), borderpad=0)
+        else:
+            axes.legend(handles, names, loc="best")
 
 
 def _series(series: Series, axes: Axes, places: dict[str, int]) -> None:

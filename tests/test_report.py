@@ -132,7 +132,7 @@ def test_points_are_there_and_a_click_shows_the_layers(chromium: Any, study: Pat
         place = page.evaluate(
             """trial => {
               const div = document.querySelector('[data-chart="front accuracy macs_kept"]');
-              div.scrollIntoView({block: 'center'});
+              div.scrollIntoView({block: 'center', behavior: 'instant'});
               const {xaxis, yaxis} = div._fullLayout, box = div.getBoundingClientRect();
               for (const trace of div.data) {
                 const at = (trace.customdata || []).indexOf(trial);

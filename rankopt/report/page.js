@@ -171,7 +171,9 @@
     for (const element of drawn.values()) {
       if (element.offsetParent === null) continue;
       const alone = element.closest(".charts").querySelectorAll("figure").length === 1;
-      Plotly.relayout(element, now ? { ...themed(), width: alone ? 660 : 320, autosize: false } : { ...themed(), width: null, autosize: true });
+      const size = now ? { width: alone ? 660 : 320, autosize: false } : { width: null, autosize: true };
+      Plotly.relayout(element, { ...themed(), ...size });
+      if (now) Plotly.relayout(element, { "legend.y": 1 }); // once more: the legend may take fewer rows than before
     }
     if (!now) drawVisible();
   }

@@ -207,7 +207,7 @@ class Evaluator:
         """Quality of the built model, and whether batch norm was recalibrated for it."""
         found = self._judged_once(plan, quick=True)
         # Solved in few digits, weights that nearly cancel can come out wrong, about once in 500 plans.
-        exact = self.fast != EXACT and found[0]["kl"] > _LOST
+        exact = self.fast.bfloat16 and found[0]["kl"] > _LOST
         return self._judged_once(plan, quick=False) if exact else found
 
     def _judged_once(self, plan: Plan, quick: bool) -> tuple[dict[str, float], float]:

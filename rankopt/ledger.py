@@ -219,10 +219,12 @@ def judged(storage: BaseStorage, facts: Mapping[str, str], besides: str) -> list
         begun = study.user_attrs.get(FACTS, {})
         if name == besides or any(begun.get(key) != value for key, value in facts.items() if key != "targets"):
             continue
+        again = study.user_attrs.get(CONFIRMED, {})
         for trial in study.get_trials(deepcopy=False):
             values = trial.user_attrs.get(VALUES, {})
             if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and values.get("kl") is not None:
                 plan = Plan.from_dict(trial.user_attrs[PLAN], f"study {name}, trial {trial.number}")
+                values = {**values, **again.get(plan.digest, {})}
                 quality = {k: v for k, v in values.items() if k in QUALITY}
                 quality["bn"] = trial.user_attrs.get(NOTES, {}).get("bn", 0.0)
                 numbers = trial.user_attrs.get(PROPOSAL, {}).get("numbers", {})

@@ -12,7 +12,6 @@ from rankopt import ledger, study
 from rankopt.batches import digest
 from rankopt.errors import InputError
 from rankopt.evbmf import estimated_share
-from rankopt.precision import EXACT
 from rankopt.problem import learn
 from rankopt.result import Entry, Result
 from rankopt.sensitivity import Sensitivities, SensitivityOptions
@@ -50,7 +49,7 @@ def run(search: Search) -> Result:
         inherited=inherited,
         by=search.strategy,
     )
-    if devices or search.evaluator.fast != EXACT:
+    if devices or search.evaluator.fast.bfloat16:
         study.confirm_best(opened, search.limits, lambda entry: _again(search, entry))
     if devices:
         ledger.say(opened, devices.report())
@@ -107,5 +106,5 @@ def _again(search: Search, entry: Entry) -> dict[str, float]:
     """Measure an entry again, as it is handed over: quality in float32, and times beside dense."""
     search.tell(f"measuring trial {entry.trial} again, as it is handed over")
     built = search.build(entry.plan, bn=bool(entry.notes.get("bn", 0)))
-    values = search.evaluator.quality(built) if search.evaluator.fast != EXACT else {}
+    values = search.evaluator.quality(built) if search.evaluator.fast.bfloat16 else {}
     return values | search.devices.measured(entry.plan, built, search.limits)

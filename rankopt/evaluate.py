@@ -206,7 +206,7 @@ class Evaluator:
     def _judged(self, plan: Plan) -> tuple[dict[str, float], float]:
         """Quality of the built model, and whether batch norm was recalibrated for it."""
         found = self._judged_once(plan, quick=True)
-        # Solved in few digits, weights that nearly cancel can come out wrong, about once in 500 plans.
+        # weights that nearly cancel can come out wrong in few digits
         exact = self.fast.bfloat16 and found[0]["kl"] > _LOST
         return self._judged_once(plan, quick=False) if exact else found
 

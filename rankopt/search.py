@@ -281,7 +281,7 @@ class Search:
             rows = max(1, min(self.refit_options.max_rows, self.memory // (8 * max(width, 1))))  # half the memory
             samples = rows if self.refit_samples is None else min(self.refit_samples, rows)
             options = replace(self.refit_options, max_rows=rows)
-            refit = Refit(self.model, self.layers, first(self.calibration, samples), options, fast)
+            refit = Refit(self.model, self.layers, first(self.calibration, samples), options, fast.exact)
         return Evaluator(
             self.model,
             self.layers,

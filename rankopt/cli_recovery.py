@@ -117,7 +117,7 @@ def compress(
 
     \b
     rankopt compress studies/digits.yaml --out small
-    rankopt compress studies/digits.yaml --stages 2 --limit 'macs<=25%' --out small
+    rankopt compress studies/digits.yaml --stages 2 --limit 'macs<=25%' --out m
     """
     from rankopt.limits import parse_limit
     from rankopt.progress import shown

@@ -136,8 +136,8 @@ def apply(
 
     \b
     rankopt apply compressed/plan.json --study studies/digits.yaml --out again
-    rankopt apply compressed --study studies/digits.yaml --weights tuned.safetensors --out tuned
-    rankopt apply plan.yaml --model mymodels:net --weights tuned.pt --input 1x3x32x32 --out tuned
+    rankopt apply compressed --study studies/digits.yaml --weights my.pt --out m
+    rankopt apply plan.yaml --model mymodels:net --input 1x3x32x32 --out m
     """
     from rankopt.plan_file import read_plan
 

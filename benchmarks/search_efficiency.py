@@ -147,7 +147,9 @@ def course(
         print(f"{network} {strategy} {sampler} seed {seed}: {volume:.4f} after {done} in {took:.0f} s", flush=True)
 
 
-def accuracy(network: str, limits: Sequence[float], trials: int, seed: int, runs: Runs) -> None:
+def accuracy(
+    network: str, limits: Sequence[float], trials: int, seed: int, runs: Runs, only: Sequence[str] | None = None
+) -> None:
     """Test accuracy of the best plan within a limit on MACs, by every strategy, with and without refit."""
     import cifar10
 
@@ -157,6 +159,7 @@ def accuracy(network: str, limits: Sequence[float], trials: int, seed: int, runs
         ways = [*BASELINES, "mixed"]
         if refit:
             ways.append("mixed, all methods")
+        ways = [way for way in ways if only is None or way in only]
         todo = [
             (limit, way) for limit in limits for way in ways
             if not runs.find(part="accuracy", network=network, strategy=way, refit=refit, limit=limit, seed=seed)
@@ -475,7 +478,7 @@ def main() -> None:
                                 options.seeds, options.trials or 500, runs, options.first),
         "moves": lambda: course("moves", options.network, [(s, "auto") for s in options.only or MOVES],
                                 options.seeds, options.trials or 200, runs, options.first),
-        "accuracy": lambda: accuracy(options.network, options.limits, options.trials or 24, options.first, runs),
+        "accuracy": lambda: accuracy(options.network, options.limits, options.trials or 24, options.first, runs, options.only),
         "trial": lambda: trial(runs, options.network),
         "scale": lambda: scale(runs),
         "tables": lambda: None,

@@ -160,7 +160,7 @@ class Loop:
         try:
             found = evaluate(
                 asked.proposal.plan,
-                setting.limits,
+                () if asked.proposal.probe else setting.limits,
                 lambda known: worth(known, entries, self.objectives, setting.limits, setting.dense),
             )
             told = told_values(found.measurements, self.objectives)

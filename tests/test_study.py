@@ -133,6 +133,16 @@ def test_solved_plans_come_first_and_half_of_the_rest_is_asked_for_at_the_limit(
     assert len({tuple(n.values()) for n in asked}) == 24
 
 
+def test_layers_that_are_measured_alone_may_break_the_limit() -> None:
+    """What `greedy` chooses by are plans that keep far more than the limit allows."""
+    result = search(trials=len(GROUPS) * 9 + 6, strategy="greedy")
+    alone = [e for e in result.entries if len({c for c in e.plan.changed().values()}) == 1 and not e.feasible]
+    assert len(alone) > len(GROUPS)
+    best = result.best()
+    assert len(best.plan.changed()) > 1
+    assert cost(best.plan, "macs") <= 0.6 * DENSE["macs"]
+
+
 def test_the_parameters_of_a_trial_are_its_layers(tmp_path: Path) -> None:
     """So that Optuna's dashboard and importances show them."""
     url = str(tmp_path / "s.db")

@@ -37,7 +37,7 @@ class Greedy(Strategy):
         """The next step of the ladder; afterwards the plans for the budgets of `solved`."""
         known = {e.plan.digest for e in standing.entries}
         if standing.number < len(self.ladder):
-            return Proposal(self.alone(*self.ladder[standing.number]), self.name)
+            return Proposal(self.alone(*self.ladder[standing.number]), self.name, probe=True)
         measured = {e.plan.digest: e.measurements.get("kl") for e in standing.entries}
         lost = {step: value for step in self.ladder if (value := measured.get(self.alone(*step).digest)) is not None}
         start = standing.number - len(self.ladder)

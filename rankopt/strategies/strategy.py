@@ -39,12 +39,14 @@ class Proposal:
         by: the strategy that proposed it.
         numbers: what Optuna's sampler proposed for it, if it was asked.
         marks: what the sampler remembers with it.
+        probe: whether it is measured whatever limits it breaks, since others are made of what is learned.
     """
 
     plan: Plan
     by: str
     numbers: Mapping[str, Number] = field(default_factory=dict)
     marks: Mapping[str, Any] = field(default_factory=dict)
+    probe: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """For the ledger; the plan stands elsewhere."""

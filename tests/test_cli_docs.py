@@ -64,7 +64,13 @@ def test_exit_statuses(tmp_path: Path) -> None:
     seen[1] = reader.wait(60)
     assert reader.stderr is not None
     assert b"Traceback" not in reader.stderr.read()
-    waiting = subprocess.Popen([*PROGRAM, "layers", str(slow)], env=ENVIRONMENT, stderr=subprocess.PIPE)
+    # A shell lets what it runs in the background ignore Ctrl-C, and that is inherited: as if typed at a prompt.
+    waiting = subprocess.Popen(
+        [*PROGRAM, "layers", str(slow)],
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert waiting.stderr is not None
     assert waiting.stderr.readline() == b"here\n"
     waiting.send_signal(signal.SIGINT)

@@ -37,5 +37,5 @@ class Vbmf(OneRule):
         if key not in self._keeps:
             self._keeps[key] = min(max(self._estimated(group, method), 1e-3), 0.999)
         wanted = self._keeps[key] ** (number / max(1 - number, 1e-9))
-        nearest = min(own, key=lambda n: abs(np.log(keeps[n]) - np.log(wanted)))
+        nearest = min(own, key=lambda n: abs(np.log(keeps[n]) - np.log(max(wanted, 1e-12))))
         return _dense(group) if wanted > (1 + float(keeps[own].max())) / 2 else nearest

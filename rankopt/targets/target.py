@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
+from rankopt.errors import InputError, RankoptError
 from rankopt.machine import device_lock
 from rankopt.measurement import Measurement
 from rankopt.timing import Effort, Timed, measured
@@ -76,8 +77,6 @@ class Target(Strict, ABC):
 
     def peak_memory(self, subject: Subject) -> Measurement:
         """Peak memory of inference in MiB, measured in a process of its own; see `rankopt.peak_memory`."""
-        from rankopt.errors import InputError
-
         raise InputError(f"target {self.called}: memory is not measured there; limit it on torch or onnxruntime")
 
     def for_layers(self) -> Target:
@@ -110,6 +109,12 @@ class LocalTarget(Target):
             return []
         conditions = self.conditions()
         with self.running():
-            runs = self.prepare(subjects)
+            try:
+                runs = self.prepare(subjects)
+            except RankoptError:
+                raise
+            except Exception as error:
+                first = (str(error).strip().splitlines() or [""])[0]
+                raise InputError(f"target {self.called}: can't run it: {type(error).__name__}: {first}") from error
             with device_lock(self.device):
                 return measured(runs, conditions, effort)

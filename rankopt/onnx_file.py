@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import logging
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
@@ -16,6 +12,7 @@ from rankopt.errors import InputError
 from rankopt.nest import tensors
 from rankopt.targets.target import Subject
 from rankopt.targets.torch_cpu import converted, first_line
+from rankopt.traced import quiet
 
 Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 _TOGETHER_NUMBERS = 32 * 2**20  # parameters of what is exported in one go
@@ -138,23 +135,10 @@ def _export(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], na
         import onnxscript  # noqa: F401
     except ImportError:
         raise InputError("onnx: needs the packages onnx and onnxscript; pip install 'rankopt[onnx]'") from None
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         if args and not kwargs and isinstance(args[-1], dict):
             args = (*args, {})  # a dict at the end would be taken for the keyword arguments
         program = torch.onnx.export(module, args, kwargs=kwargs or None, dynamo=True, output_names=names, verbose=False)
     if program is None:
         raise RuntimeError("torch.onnx.export returned nothing")
     return program.model_proto
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter reports its steps, and warns of its own internals."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

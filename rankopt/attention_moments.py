@@ -143,19 +143,22 @@ def output_gram(dense: Projections, shape: Shape) -> Tensor:
     return o.mT @ o
 
 
-def solved_output(o: Tensor, right: Tensor, values: Tensor) -> Tensor:
+def solved_output(o: Tensor, left: Tensor, right: Tensor, values: Tensor) -> Tensor:
     """The output projection that fits best behind cut values, over all heads at once: (channels, heads · r).
 
     Args:
         o: (channels, width), the dense one.
-        right: (heads, r, d), what the values are cut with.
-        values: (width, width), their second moment before.
+        left, right: (heads, r, d), what it and the values are cut with. Where the data leave the solution open, it
+            stays at what `left` makes of the dense one; so nothing changes at full rank.
+        values: (width, width), second moment of the values before the cut.
     """
+    heads, _, d = right.shape
+    present = (o.unflatten(1, (heads, d)).movedim(1, 0) @ left.mT).movedim(0, 1).flatten(1)
     cut = torch.block_diag(*right)  # (heads · r, width)
     gram = cut @ values @ cut.mT
     pull = gram.diagonal().mean().clamp_min(1e-300) * _PULL
     system = gram + pull * torch.eye(len(gram), dtype=gram.dtype)
-    return torch.linalg.solve(system, cut @ values @ o.mT).mT
+    return present + torch.linalg.solve(system, cut @ values @ (o - present @ cut).mT).mT
 
 
 def weighted_svd(weight: Tensor, out: Tensor, moment: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,6 +171,7 @@ def weighted_svd(weight: Tensor, out: Tensor, moment: Tensor) -> tuple[Tensor, T
     """
     half, inverse = (torch.block_diag(*r) for r in _roots(out))
     seen = half @ weight
+    moment = moment + _RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
     energy, vectors = torch.linalg.eigh(seen @ moment @ seen.mT)
     k = min(weight.shape)
     energy, vectors = energy.flip(-1)[:k].clamp_min(0), vectors.flip(-1)[:, :k]

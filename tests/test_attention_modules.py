@@ -92,7 +92,9 @@ def test_called_as_multihead_attention(bias: bool, first: bool, weights: bool, m
 
 def test_called_as_multihead_attention_by_an_encoder_layer() -> None:
     torch.manual_seed(0)
-    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, 24, batch_first=True), 2).eval()
+    model = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(12, 2, 24, batch_first=True), 2, enable_nested_tensor=False
+    ).eval()
     x = torch.randn(2, 5, 12)
     padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     with torch.no_grad():
@@ -184,7 +186,7 @@ def test_one_landmark_a_token_comes_close_to_attention() -> None:
     torch.manual_seed(0)
     layer, dense = nystrom(6)
     x = torch.randn(2, 6, 12, dtype=torch.float64) * 3
-    assert torch.allclose(layer(x), dense(x), atol=0.05 * float(dense(x).abs().max()))
+    assert torch.allclose(layer(x), dense(x), atol=0.05 * float(dense(x).detach().abs().max()))
 
 
 @pytest.mark.parametrize("landmarks", [1, 3, 4, 7])
@@ -293,7 +295,7 @@ def test_balanced_outputs_beat_the_weights_alone() -> None:
         o = dense.o.unflatten(1, (3, 4)).movedim(1, 0)
         cut = found.right[:, :rank]
         few = torch.einsum("hrd,nhd->nhr", cut, values.unflatten(1, (3, 4))).flatten(1)
-        back = solved_output(dense.o, cut, seen.values) if solve else torch.cat(
+        back = solved_output(dense.o, found.left[:, :rank], cut, seen.values) if solve else torch.cat(
             [o[h] @ found.left[h, :rank].mT for h in range(3)], 1
         )  # fmt: skip
         return float((values @ dense.o.mT - few @ back.mT).square().sum())

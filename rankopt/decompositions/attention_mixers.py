@@ -1,0 +1,224 @@
+"""Self-attention replaced at a cost linear in tokens: `attention_nystrom`, `_nmf`, `_pnmf`, `_ntf`, `_ntf_grid`.
+
+None of them equals attention at any rank. Each begins with the dense layer's own projections and is distilled: trained
+alone to give what the dense layer gives on the calibration data. From weights alone it is as it begins, far from the
+dense layer; so all of them need recovery.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankopt.attention_styles import Projections, Shape
+from rankopt.decompositions.attention_method import AttentionMethod, Known
+from rankopt.decompositions.decomposition import Factors, Ranks
+from rankopt.distill_block import distill
+from rankopt.nn.factor_mixing import NmfMixing, NtfMixing, PnmfMixing, macs_of_nmf, macs_of_ntf, macs_of_pnmf
+from rankopt.nn.nystrom import Nystrom, macs_of_nystrom
+
+_STEPS = 6  # the most iterations that are offered; Geng et al. train with 6
+
+
+class Mixer(AttentionMethod):
+    """What the five have in common."""
+
+    sliceable = False
+    exact = False
+    needs_recovery = True
+
+    def why_not_of(self, shape: Shape, masking: str, tokens: int) -> str | None:
+        """Causal attention and masks between pairs can't be had from what mixes all tokens at once."""
+        if masking == "causal" or shape.causal:
+            return "it mixes all tokens of a sample, and this attention is causal"
+        if masking == "pairs":
+            return "it mixes all tokens of a sample, and this attention is masked between pairs of tokens"
+        return None
+
+    def prepare(self, shape: Shape, dense: Projections, known: Known) -> Factors:
+        """The dense weights; the block is trained when its ranks are known."""
+        return {name: value for name, value in vars(dense).items() if value is not None}
+
+    def weights_of(self, shape: Shape, factors: Factors, ranks: Mapping[str, int], known: Known) -> list[Tensor]:
+        """The parameters of the block after distillation (as it begins, where there are no data)."""
+        block = self.begun(shape, factors, ranks, known.tokens)
+        if known.examples:
+            distill(block, known.examples, known.distillation)
+        return [p.detach() for p in block.parameters()]
+
+    def begun(self, shape: Shape, factors: Factors, ranks: Mapping[str, int], tokens: int) -> nn.Module:
+        """The block with the dense layer's projections, in float32."""
+        block = self.core(shape, ranks, tokens)
+        inner = [factors[n] for n in self.inner]
+        with torch.no_grad():
+            block.inward.weight.copy_(torch.cat(inner))
+            block.outward.weight.copy_(factors["o"])
+            if shape.bias:
+                block.inward.bias.copy_(torch.cat([factors[f"b{n}"] for n in self.inner]))
+            if shape.bias_out:
+                block.outward.bias.copy_(factors["bo"])
+            if hasattr(block, "start"):
+                generator = torch.Generator().manual_seed(0)
+                block.start.copy_(torch.randn(block.start.shape, generator=generator))
+        return block
+
+    inner: tuple[str, ...] = ("v",)
+
+    def linear_params(self, shape: Shape) -> int:
+        """Entries of the two linear layers."""
+        inner = len(self.inner) * shape.width
+        return inner * (shape.channels + shape.bias) + shape.channels * (shape.width + shape.bias_out)
+
+    def linear_macs(self, shape: Shape, tokens: int) -> int:
+        """Multiply-accumulates of the two linear layers on one sample."""
+        return tokens * shape.channels * shape.width * (len(self.inner) + 1)
+
+    def linears(self, shape: Shape, where: Mapping[str, Any]) -> tuple[nn.Linear, nn.Linear]:
+        """The two linear layers, with values of no meaning."""
+        inner = len(self.inner) * shape.width
+        return (
+            nn.Linear(shape.channels, inner, bias=shape.bias, **where),
+            nn.Linear(shape.width, shape.channels, bias=shape.bias_out, **where),
+        )
+
+    def lost(self, factors: Factors, ranks: Ranks) -> Any:
+        """Nothing is known before training: more components and more steps are taken to lose less."""
+        lost: Any = 0.0
+        for value in ranks.values():
+            lost = lost + 1.0 / value
+        return lost
+
+
+class AttentionNystrom(Mixer):
+    """Attention through a few landmarks (Xiong et al., 2021); `landmarks` of them."""
+
+    name = "attention_nystrom"
+    inner = ("q", "k", "v")
+
+    def rank_names_of(self, shape: Shape) -> tuple[str, ...]:
+        """One."""
+        return ("landmarks",)
+
+    def bounds_of(self, shape: Shape, tokens: int) -> dict[str, int]:
+        """A landmark a token."""
+        return {"landmarks": tokens}
+
+    def params_of(self, shape: Shape, ranks: Ranks) -> Any:
+        """Those of the dense layer, whatever the landmarks."""
+        return self.linear_params(shape) + 0 * ranks["landmarks"]
+
+    def macs_of(self, shape: Shape, tokens: int, ranks: Ranks) -> Any:
+        """See `AttentionMethod`."""
+        return self.linear_macs(shape, tokens) + shape.heads * macs_of_nystrom(tokens, shape.size, ranks["landmarks"])
+
+    def core(self, shape: Shape, ranks: Mapping[str, int], tokens: Any = None, **where: Any) -> nn.Module:
+        """See `AttentionMethod`."""
+        return Nystrom(*self.linears(shape, where), shape.heads, ranks["landmarks"], shape.scale)
+
+    def ranks_in(self, shape: Shape, weights: list[Tensor]) -> dict[str, int]:
+        """Landmarks leave no trace in the weights."""
+        raise NotImplementedError
+
+
+class AttentionNmf(Mixer):
+    """Tokens as a product of non-negative matrices, in the hamburger of Geng et al. (2021)."""
+
+    name = "attention_nmf"
+
+    def rank_names_of(self, shape: Shape) -> tuple[str, ...]:
+        """Components and iterations."""
+        return ("rank", "steps")
+
+    def bounds_of(self, shape: Shape, tokens: int) -> dict[str, int]:
+        """The smaller side of tokens × width."""
+        return {"rank": min(tokens, shape.width), "steps": _STEPS}
+
+    def params_of(self, shape: Shape, ranks: Ranks) -> Any:
+        """See `AttentionMethod`."""
+        return self.linear_params(shape) + ranks["rank"] * shape.width
+
+    def macs_of(self, shape: Shape, tokens: int, ranks: Ranks) -> Any:
+        """See `AttentionMethod`."""
+        inner: Any = macs_of_nmf(tokens, shape.width, ranks["rank"], ranks["steps"])
+        return self.linear_macs(shape, tokens) + inner
+
+    def core(self, shape: Shape, ranks: Mapping[str, int], tokens: Any = None, **where: Any) -> nn.Module:
+        """See `AttentionMethod`."""
+        start = torch.empty(ranks["rank"], shape.width, **where)
+        return NmfMixing(*self.linears(shape, where), ranks["rank"], ranks["steps"], start)
+
+
+class AttentionPnmf(AttentionNmf):
+    """Tokens projected on a few non-negative directions, X ≈ W Wᵀ X (Yang and Oja, 2010)."""
+
+    name = "attention_pnmf"
+
+    def macs_of(self, shape: Shape, tokens: int, ranks: Ranks) -> Any:
+        """See `AttentionMethod`."""
+        inner: Any = macs_of_pnmf(tokens, shape.width, ranks["rank"], ranks["steps"])
+        return self.linear_macs(shape, tokens) + inner
+
+    def core(self, shape: Shape, ranks: Mapping[str, int], tokens: Any = None, **where: Any) -> nn.Module:
+        """See `AttentionMethod`."""
+        start = torch.empty(shape.width, ranks["rank"], **where)
+        return PnmfMixing(*self.linears(shape, where), ranks["rank"], ranks["steps"], start)
+
+
+class AttentionNtf(AttentionNmf):
+    """Tokens as a non-negative tensor (tokens, channels, heads), a sum of `rank` outer products."""
+
+    name = "attention_ntf"
+
+    def modes(self, shape: Shape, tokens: int) -> tuple[int, int, int]:
+        """The tensor's sizes."""
+        return (tokens, shape.size, shape.heads)
+
+    def parameterized(self, shape: Shape, tokens: int) -> tuple[int, ...]:
+        """The modes whose factors begin with parameters."""
+        return self.modes(shape, tokens)[1:]
+
+    def bounds_of(self, shape: Shape, tokens: int) -> dict[str, int]:
+        """The channels of all heads."""
+        return {"rank": shape.width, "steps": _STEPS}
+
+    def params_of(self, shape: Shape, ranks: Ranks, tokens: int = 0) -> Any:
+        """See `AttentionMethod`."""
+        return self.linear_params(shape) + ranks["rank"] * sum(self.parameterized(shape, tokens))
+
+    def macs_of(self, shape: Shape, tokens: int, ranks: Ranks) -> Any:
+        """See `AttentionMethod`."""
+        inner: Any = macs_of_ntf(self.modes(shape, tokens), ranks["rank"], ranks["steps"])
+        return self.linear_macs(shape, tokens) + inner
+
+    def core(self, shape: Shape, ranks: Mapping[str, int], tokens: Any = None, **where: Any) -> nn.Module:
+        """See `AttentionMethod`."""
+        modes = self.parameterized(shape, tokens)
+        start = torch.empty(sum(modes), ranks["rank"], **where)
+        return NtfMixing(*self.linears(shape, where), ranks["rank"], ranks["steps"], start, modes)
+
+
+class AttentionNtfGrid(AttentionNtf):
+    """Tokens of a square image as a non-negative tensor (height, width, channels)."""
+
+    name = "attention_ntf_grid"
+
+    def why_not_of(self, shape: Shape, masking: str, tokens: int) -> str | None:
+        """The tokens must be a square's points, and all of them there."""
+        if math.isqrt(tokens) ** 2 != tokens:
+            return f"{tokens} tokens are no square grid (a class token, perhaps)"
+        if masking == "padding":
+            return "a grid has no padding"
+        return super().why_not_of(shape, masking, tokens)
+
+    def modes(self, shape: Shape, tokens: int) -> tuple[int, int, int]:
+        """The tensor's sizes."""
+        side = math.isqrt(tokens)
+        return (side, side, shape.width)
+
+    def parameterized(self, shape: Shape, tokens: int) -> tuple[int, ...]:
+        """All three."""
+        return self.modes(shape, tokens)

@@ -64,11 +64,15 @@ class TextModel(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(batch, tokens) to logits (batch, tokens, WORDS)."""
+        return self.head(self.states(tokens))
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """(batch, tokens) to what the head reads, (batch, tokens, width)."""
         n = tokens.shape[1]
         x = self.words(tokens) + self.positions[:n]
         for layer in self.layers:
             x = layer(x, src_mask=self.hidden[:n, :n] if self.causal else None, is_causal=self.causal)
-        return self.head(self.norm(x))
+        return self.norm(x)
 
 
 def language_model(steps: int = 2400, root: str | None = None) -> nn.Module:
@@ -195,11 +199,11 @@ def _train(net: TextModel, steps: int, root: str | None, batch: int = 32) -> Non
         x, y = tokens[begin + span], tokens[begin + span + 1]
         if not net.causal:
             x, y = _hide(x, generator)
-        with torch.autocast("cpu", torch.bfloat16, enabled=torch.backends.mkldnn.is_available()):
-            logits = net(x)
         labels = y.flatten()
         shown = labels >= 0
-        loss = F.cross_entropy(logits.flatten(0, 1)[shown].float(), labels[shown])
+        with torch.autocast("cpu", torch.bfloat16, enabled=torch.backends.mkldnn.is_available()):
+            logits = net.head(net.states(x).flatten(0, 1)[shown])
+        loss = F.cross_entropy(logits.float(), labels[shown])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)

@@ -169,13 +169,13 @@ class AttentionPnmf(AttentionNmf):
 
 
 class AttentionNtf(AttentionNmf):
-    """Tokens as a non-negative tensor (tokens, channels, heads), a sum of `rank` outer products."""
+    """Tokens as a non-negative tensor (tokens, heads, channels), a sum of `rank` outer products."""
 
     name = "attention_ntf"
 
     def modes(self, shape: Shape, tokens: int) -> tuple[int, int, int]:
         """The tensor's sizes."""
-        return (tokens, shape.size, shape.heads)
+        return (tokens, shape.heads, shape.size)
 
     def parameterized(self, shape: Shape, tokens: int) -> tuple[int, ...]:
         """The modes whose factors begin with parameters."""

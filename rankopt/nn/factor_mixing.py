@@ -100,8 +100,8 @@ class NtfMixing(FactorMixing):
     """Tokens as a tensor, a sum of `rank` non-negative outer products.
 
     Args:
-        modes: (width / heads, heads) for (tokens, channels, heads), or (height, width, channels) for images, whose
-            tokens are the pixels of that grid, row by row.
+        modes: (heads, width / heads) for (tokens, heads, channels), or (height, width, channels) for images, whose
+            tokens are the points of that grid, row by row.
         start: (sum of the sizes of all modes but the tokens, rank), the factors behind each other.
     """
 
@@ -122,14 +122,13 @@ class NtfMixing(FactorMixing):
         """The sum of the outer products that the last step leaves."""
         factors = [f.expand(x.shape[0], -1, -1) for f in F.softplus(self.start).to(x.dtype).split(self.modes)]
         if len(self.modes) == 2:
-            channels, heads = self.modes
-            tensor = x.unflatten(-1, (heads, channels)).mT
+            tensor = x.unflatten(-1, self.modes)
             factors = [shown.expand(*shown.shape[:-1], self.rank), *factors]
         else:
             tensor = x.unflatten(1, self.modes[:2])
         a, b, c = iterate(ntf_step, tensor, tuple(factors), self.steps, self.one_step)
         fitted = ntf_sum(a, b, c)
-        return fitted.mT.flatten(-2) if len(self.modes) == 2 else fitted.flatten(1, 2)
+        return fitted.flatten(2) if len(self.modes) == 2 else fitted.flatten(1, 2)
 
     def extra_repr(self) -> str:
         """Shown by print."""

@@ -47,7 +47,7 @@ class AttentionHeads(AttentionMethod):
         """The channels of a head."""
         return {"rank_qk": shape.size, "rank_vo": shape.size}
 
-    def params_of(self, shape: Shape, ranks: Ranks) -> Any:
+    def params_of(self, shape: Shape, tokens: int, ranks: Ranks) -> Any:
         """See `AttentionMethod`."""
         h, e = shape.heads, shape.channels
         inner = h * (2 * ranks["rank_qk"] + ranks["rank_vo"])
@@ -58,7 +58,7 @@ class AttentionHeads(AttentionMethod):
         h, qk, vo = shape.heads, ranks["rank_qk"], ranks["rank_vo"]
         return tokens * shape.channels * h * 2 * (qk + vo) + h * tokens**2 * (qk + vo)
 
-    def core(self, shape: Shape, ranks: Mapping[str, int], tokens: Any = None, **where: Any) -> Attention:
+    def core(self, shape: Shape, tokens: int, ranks: Mapping[str, int], **where: Any) -> Attention:
         """See `AttentionMethod`."""
         h, qk, vo = shape.heads, ranks["rank_qk"], ranks["rank_vo"]
         inward = nn.Linear(shape.channels, h * (2 * qk + vo), bias=shape.bias, **where)
@@ -89,11 +89,6 @@ class AttentionHeads(AttentionMethod):
         )
         return [*inward, outward, *([factors["bo"]] if shape.bias_out else [])]
 
-    def ranks_in(self, shape: Shape, weights: list[Tensor]) -> dict[str, int]:
-        """From the shapes of the inward and the outward weight."""
-        vo = weights[2 if shape.bias else 1].shape[1] // shape.heads
-        return {"rank_qk": (weights[0].shape[0] // shape.heads - vo) // 2, "rank_vo": vo}
-
     def lost(self, factors: Factors, ranks: Ranks) -> Any:
         """Tails of both spectra."""
         return tail(factors["energy_qk"], ranks["rank_qk"]) + tail(factors["energy_vo"], ranks["rank_vo"])
@@ -116,7 +111,7 @@ class AttentionApart(AttentionMethod):
         """The smaller side of each weight."""
         return dict.fromkeys(self.rank_names_of(shape), min(shape.channels, shape.width))
 
-    def params_of(self, shape: Shape, ranks: Ranks) -> Any:
+    def params_of(self, shape: Shape, tokens: int, ranks: Ranks) -> Any:
         """See `AttentionMethod`."""
         inner = sum(ranks[n] for n in ("rank_q", "rank_k", "rank_v"))
         return inner * (shape.channels + shape.width) + shape.bias * 3 * shape.width + _outward(shape, ranks["rank_o"])
@@ -127,7 +122,7 @@ class AttentionApart(AttentionMethod):
         linear = inner * (shape.channels + shape.width) + _outward(shape, ranks["rank_o"]) - _bias(shape)
         return tokens * linear + 2 * tokens**2 * shape.width
 
-    def core(self, shape: Shape, ranks: Mapping[str, int], tokens: Any = None, **where: Any) -> Attention:
+    def core(self, shape: Shape, tokens: int, ranks: Mapping[str, int], **where: Any) -> Attention:
         """See `AttentionMethod`."""
         inner = [ranks[n] for n in ("rank_q", "rank_k", "rank_v")]
         lasts = nn.ModuleList(nn.Linear(r, shape.width, bias=shape.bias, **where) for r in inner)
@@ -159,12 +154,6 @@ class AttentionApart(AttentionMethod):
                 lasts.append(_shifted(factors, n, last @ rows))
         return [torch.cat(first), *lasts, *_sliced_outward(shape, factors, ranks["rank_o"])]
 
-    def ranks_in(self, shape: Shape, weights: list[Tensor]) -> dict[str, int]:
-        """From the second factors."""
-        step = 2 if shape.bias else 1
-        inner = {f"rank_{n}": weights[1 + i * step].shape[1] for i, n in enumerate("qkv")}
-        return inner | {"rank_o": _outward_rank(shape, weights[1 + 3 * step :])}
-
     def lost(self, factors: Factors, ranks: Ranks) -> Any:
         """Tails of the four spectra."""
         return sum(tail(factors[f"energy_{n}"], ranks[f"rank_{n}"]) for n in "qkvo")
@@ -186,7 +175,7 @@ class AttentionFused(AttentionMethod):
         """The smaller side of each weight."""
         return {"rank_qkv": min(shape.channels, 3 * shape.width), "rank_o": min(shape.channels, shape.width)}
 
-    def params_of(self, shape: Shape, ranks: Ranks) -> Any:
+    def params_of(self, shape: Shape, tokens: int, ranks: Ranks) -> Any:
         """See `AttentionMethod`."""
         inner = ranks["rank_qkv"] * (shape.channels + 3 * shape.width)
         return inner + shape.bias * 3 * shape.width + _outward(shape, ranks["rank_o"])
@@ -197,7 +186,7 @@ class AttentionFused(AttentionMethod):
         linear = inner + _outward(shape, ranks["rank_o"]) - _bias(shape)
         return tokens * linear + 2 * tokens**2 * shape.width
 
-    def core(self, shape: Shape, ranks: Mapping[str, int], tokens: Any = None, **where: Any) -> Attention:
+    def core(self, shape: Shape, tokens: int, ranks: Mapping[str, int], **where: Any) -> Attention:
         """See `AttentionMethod`."""
         r = ranks["rank_qkv"]
         inward = nn.Sequential(
@@ -227,10 +216,6 @@ class AttentionFused(AttentionMethod):
         product = (last @ first).chunk(3)
         biases = [torch.cat([_shifted(factors, n, p) for n, p in zip("qkv", product, strict=True)])]
         return [first, last, *(biases if shape.bias else []), *_sliced_outward(shape, factors, ranks["rank_o"])]
-
-    def ranks_in(self, shape: Shape, weights: list[Tensor]) -> dict[str, int]:
-        """From the first factor."""
-        return {"rank_qkv": len(weights[0]), "rank_o": _outward_rank(shape, weights[3 if shape.bias else 2 :])}
 
     def lost(self, factors: Factors, ranks: Ranks) -> Any:
         """Tails of both spectra."""
@@ -274,11 +259,6 @@ def _sliced_outward(shape: Shape, factors: Factors, rank: int) -> list[Tensor]:
     if rank >= min(shape.channels, shape.width):
         return [factors["o"], *bias]
     return [factors["first_o"][:rank], factors["last_o"][:, :rank], *bias]
-
-
-def _outward_rank(shape: Shape, weights: list[Tensor]) -> int:
-    whole = len(weights) == (2 if shape.bias_out else 1)
-    return min(shape.channels, shape.width) if whole else len(weights[0])
 
 
 def _biases(dense: Projections, moments: Moments) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,8 +26,15 @@ _STEPS = 6  # the most iterations that are offered; Geng et al. train with 6
 
 
 class Mixer(AttentionMethod):
-    """What the five have in common."""
+    """What the five have in common.
 
+    Attributes:
+        inner: the dense projections that the inward layer begins with.
+        pace: times the rate of distillation.
+    """
+
+    inner: tuple[str, ...] = ("v",)
+    pace: float = 1.0
     sliceable = False
     exact = False
     needs_recovery = True
@@ -47,12 +55,12 @@ class Mixer(AttentionMethod):
         """The parameters of the block after distillation (as it begins, where there are no data)."""
         block = self.begun(shape, factors, ranks, known.tokens)
         if known.examples:
-            distill(block, known.examples, known.distillation)
+            distill(block, known.examples, replace(known.distillation, lr=known.distillation.lr * self.pace))
         return [p.detach() for p in block.parameters()]
 
     def begun(self, shape: Shape, factors: Factors, ranks: Mapping[str, int], tokens: int) -> nn.Module:
         """The block with the dense layer's projections, in float32."""
-        block = self.core(shape, ranks, tokens)
+        block = self.core(shape, tokens, ranks)
         inner = [factors[n] for n in self.inner]
         with torch.no_grad():
             block.inward.weight.copy_(torch.cat(inner))
@@ -65,8 +73,6 @@ class Mixer(AttentionMethod):
                 generator = torch.Generator().manual_seed(0)
                 block.start.copy_(torch.randn(block.start.shape, generator=generator))
         return block
-
-    inner: tuple[str, ...] = ("v",)
 
     def linear_params(self, shape: Shape) -> int:
         """Entries of the two linear layers."""
@@ -98,6 +104,7 @@ class AttentionNystrom(Mixer):
 
     name = "attention_nystrom"
     inner = ("q", "k", "v")
+    pace = 0.2  # it begins close to where it ends
 
     def rank_names_of(self, shape: Shape) -> tuple[str, ...]:
         """One."""
@@ -107,7 +114,7 @@ class AttentionNystrom(Mixer):
         """A landmark a token."""
         return {"landmarks": tokens}
 
-    def params_of(self, shape: Shape, ranks: Ranks) -> Any:
+    def params_of(self, shape: Shape, tokens: int, ranks: Ranks) -> Any:
         """Those of the dense layer, whatever the landmarks."""
         return self.linear_params(shape) + 0 * ranks["landmarks"]
 
@@ -115,13 +122,9 @@ class AttentionNystrom(Mixer):
         """See `AttentionMethod`."""
         return self.linear_macs(shape, tokens) + shape.heads * macs_of_nystrom(tokens, shape.size, ranks["landmarks"])
 
-    def core(self, shape: Shape, ranks: Mapping[str, int], tokens: Any = None, **where: Any) -> nn.Module:
+    def core(self, shape: Shape, tokens: int, ranks: Mapping[str, int], **where: Any) -> nn.Module:
         """See `AttentionMethod`."""
         return Nystrom(*self.linears(shape, where), shape.heads, ranks["landmarks"], shape.scale)
-
-    def ranks_in(self, shape: Shape, weights: list[Tensor]) -> dict[str, int]:
-        """Landmarks leave no trace in the weights."""
-        raise NotImplementedError
 
 
 class AttentionNmf(Mixer):
@@ -137,7 +140,7 @@ class AttentionNmf(Mixer):
         """The smaller side of tokens × width."""
         return {"rank": min(tokens, shape.width), "steps": _STEPS}
 
-    def params_of(self, shape: Shape, ranks: Ranks) -> Any:
+    def params_of(self, shape: Shape, tokens: int, ranks: Ranks) -> Any:
         """See `AttentionMethod`."""
         return self.linear_params(shape) + ranks["rank"] * shape.width
 
@@ -146,7 +149,7 @@ class AttentionNmf(Mixer):
         inner: Any = macs_of_nmf(tokens, shape.width, ranks["rank"], ranks["steps"])
         return self.linear_macs(shape, tokens) + inner
 
-    def core(self, shape: Shape, ranks: Mapping[str, int], tokens: Any = None, **where: Any) -> nn.Module:
+    def core(self, shape: Shape, tokens: int, ranks: Mapping[str, int], **where: Any) -> nn.Module:
         """See `AttentionMethod`."""
         start = torch.empty(ranks["rank"], shape.width, **where)
         return NmfMixing(*self.linears(shape, where), ranks["rank"], ranks["steps"], start)
@@ -162,7 +165,7 @@ class AttentionPnmf(AttentionNmf):
         inner: Any = macs_of_pnmf(tokens, shape.width, ranks["rank"], ranks["steps"])
         return self.linear_macs(shape, tokens) + inner
 
-    def core(self, shape: Shape, ranks: Mapping[str, int], tokens: Any = None, **where: Any) -> nn.Module:
+    def core(self, shape: Shape, tokens: int, ranks: Mapping[str, int], **where: Any) -> nn.Module:
         """See `AttentionMethod`."""
         start = torch.empty(shape.width, ranks["rank"], **where)
         return PnmfMixing(*self.linears(shape, where), ranks["rank"], ranks["steps"], start)
@@ -185,7 +188,7 @@ class AttentionNtf(AttentionNmf):
         """The channels of all heads."""
         return {"rank": shape.width, "steps": _STEPS}
 
-    def params_of(self, shape: Shape, ranks: Ranks, tokens: int = 0) -> Any:
+    def params_of(self, shape: Shape, tokens: int, ranks: Ranks) -> Any:
         """See `AttentionMethod`."""
         return self.linear_params(shape) + ranks["rank"] * sum(self.parameterized(shape, tokens))
 
@@ -194,7 +197,7 @@ class AttentionNtf(AttentionNmf):
         inner: Any = macs_of_ntf(self.modes(shape, tokens), ranks["rank"], ranks["steps"])
         return self.linear_macs(shape, tokens) + inner
 
-    def core(self, shape: Shape, ranks: Mapping[str, int], tokens: Any = None, **where: Any) -> nn.Module:
+    def core(self, shape: Shape, tokens: int, ranks: Mapping[str, int], **where: Any) -> nn.Module:
         """See `AttentionMethod`."""
         modes = self.parameterized(shape, tokens)
         start = torch.empty(sum(modes), ranks["rank"], **where)

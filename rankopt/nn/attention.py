@@ -56,7 +56,7 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         seen: Tensor | None = None
         if weights:
-            seen = torch.softmax(masked((q * self.scale) @ k.mT, mask, causal), -1)
+            seen = torch.softmax(masked((q * self.scale) @ k.transpose(-2, -1), mask, causal), -1)
             mixed = F.dropout(seen, dropout) @ v
         else:
             only_causal = causal and mask is None

@@ -93,7 +93,7 @@ class PnmfMixing(FactorMixing):
         """The projection of x."""
         w = torch.softmax(x @ self.start.to(x.dtype), -1) * shown
         (w,) = iterate(pnmf_step, x, pnmf_start(x, w), self.steps, self.one_step)
-        return w @ (w.mT @ x)
+        return w @ (w.transpose(-2, -1) @ x)
 
 
 class NtfMixing(FactorMixing):

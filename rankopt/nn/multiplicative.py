@@ -29,8 +29,8 @@ def nmf_step(x: Tensor, codes: Tensor, basis: Tensor) -> State:
         codes: (..., n, r).
         basis: (..., r, m).
     """
-    codes = codes * _ratio(x @ basis.mT, codes @ (basis @ basis.mT))
-    basis = basis * _ratio(codes.mT @ x, (codes.mT @ codes) @ basis)
+    codes = codes * _ratio(x @ basis.transpose(-2, -1), codes @ (basis @ basis.transpose(-2, -1)))
+    basis = basis * _ratio(codes.transpose(-2, -1) @ x, (codes.transpose(-2, -1) @ codes) @ basis)
     return codes, basis
 
 
@@ -41,8 +41,8 @@ def macs_of_nmf_step(n: int, m: int, r: int) -> int:
 
 def pnmf_start(x: Tensor, w: Tensor) -> State:
     """W times the scalar at which ‖X − W Wᵀ X‖ is least: the updates of W alone find its size slowly."""
-    seen = w.mT @ x
-    fitted = w.mT @ w @ seen
+    seen = w.transpose(-2, -1) @ x
+    fitted = w.transpose(-2, -1) @ w @ seen
     square = (seen.square().sum((-2, -1)) + EPSILON) / ((seen * fitted).sum((-2, -1)) + EPSILON)
     return (w * square.sqrt()[..., None, None],)
 
@@ -59,9 +59,9 @@ def pnmf_step(x: Tensor, w: Tensor) -> State:
         x: (..., n, m), not negative.
         w: (..., n, r), not negative.
     """
-    seen = x.mT @ w
+    seen = x.transpose(-2, -1) @ w
     pulled = x @ seen
-    push = w @ (seen.mT @ seen) + pulled @ (w.mT @ w)
+    push = w @ (seen.transpose(-2, -1) @ seen) + pulled @ (w.transpose(-2, -1) @ w)
     return (w * _ratio(2 * pulled, push) ** (1 / 3),)
 
 
@@ -81,13 +81,13 @@ def ntf_step(x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> State:
         a, b, c: (..., I, r), (..., J, r), (..., K, r).
     """
     last = (x @ c.unsqueeze(-3)).movedim(-1, -3)  # (..., r, I, J)
-    gram_b, gram_c = b.mT @ b, c.mT @ c
+    gram_b, gram_c = b.transpose(-2, -1) @ b, c.transpose(-2, -1) @ c
     a = a * _ratio(_against(last, b), a @ (gram_b * gram_c))
-    gram_a = a.mT @ a
-    b = b * _ratio(_against(last.mT, a), b @ (gram_a * gram_c))
+    gram_a = a.transpose(-2, -1) @ a
+    b = b * _ratio(_against(last.transpose(-2, -1), a), b @ (gram_a * gram_c))
     i, j, k = x.shape[-3:]
-    first = (a.mT @ x.flatten(-2)).unflatten(-1, (j, k))  # (..., r, J, K)
-    c = c * _ratio(_against(first.mT, b), c @ (gram_a * (b.mT @ b)))
+    first = (a.transpose(-2, -1) @ x.flatten(-2)).unflatten(-1, (j, k))  # (..., r, J, K)
+    c = c * _ratio(_against(first.transpose(-2, -1), b), c @ (gram_a * (b.transpose(-2, -1) @ b)))
     return a, b, c
 
 
@@ -98,7 +98,7 @@ def macs_of_ntf_step(i: int, j: int, k: int, r: int) -> int:
 
 def ntf_sum(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Σ_r a_r ∘ b_r ∘ c_r: (..., I, J, K)."""
-    both = b.mT.unsqueeze(-1) * c.mT.unsqueeze(-2)  # (..., r, J, K)
+    both = b.transpose(-2, -1).unsqueeze(-1) * c.transpose(-2, -1).unsqueeze(-2)  # (..., r, J, K)
     return (a @ both.flatten(-2)).unflatten(-1, both.shape[-2:])
 
 
@@ -130,4 +130,4 @@ def _ratio(pull: Tensor, push: Tensor) -> Tensor:
 
 def _against(unfolded: Tensor, factor: Tensor) -> Tensor:
     """(..., r, I, J) against (..., J, r): every component with its own column, (..., I, r)."""
-    return (unfolded @ factor.mT.unsqueeze(-1)).squeeze(-1).mT
+    return (unfolded @ factor.transpose(-2, -1).unsqueeze(-1)).squeeze(-1).transpose(-2, -1)

@@ -38,12 +38,12 @@ class Nystrom(nn.Module):
         q = q * self.scale
         few_q, few_k = (segment_means(t, self.landmarks, keep) for t in (q, k))
         there = segments_there(x.shape[1], self.landmarks, keep)
-        by_token = _softmax(q @ few_k.mT, there)
-        among = _softmax(few_q @ few_k.mT, there)
+        by_token = _softmax(q @ few_k.transpose(-2, -1), there)
+        among = _softmax(few_q @ few_k.transpose(-2, -1), there)
         if there is not None:
             both = there[:, None, :, None] & there[:, None, None, :]
             among = among * both
-        seen = _softmax(few_q @ k.mT, keep) @ v
+        seen = _softmax(few_q @ k.transpose(-2, -1), keep) @ v
         mixed = by_token @ (pseudo_inverse(among) @ seen)
         return self.outward(mixed.transpose(1, 2).flatten(2))
 
@@ -98,7 +98,7 @@ def pseudo_inverse(a: Tensor, iterations: int = ITERATIONS) -> Tensor:
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     sums = a.abs()
     largest = sums.sum(-1).amax(-1) * sums.sum(-2).amax(-1)
-    z = a.mT / largest.clamp_min(torch.finfo(a.dtype).tiny)[..., None, None]
+    z = a.transpose(-2, -1) / largest.clamp_min(torch.finfo(a.dtype).tiny)[..., None, None]
     for _ in range(iterations):
         az = a @ z
         z = 0.25 * z @ (13 * eye - az @ (15 * eye - az @ (7 * eye - az)))

@@ -42,12 +42,12 @@ def layers(tokens: int) -> dict[str, nn.Module]:
     start = torch.randn
     return {
         "dense attention": Attention(*linears(3 * CHANNELS), HEADS, size, size, size**-0.5),
-        "heads of half the size": Attention(
-            *linears(HEADS * 3 * half, HEADS * half), HEADS, half, half, size**-0.5
-        ),
+        "heads of half the size": Attention(*linears(HEADS * 3 * half, HEADS * half), HEADS, half, half, size**-0.5),
         f"Nyström, {LANDMARKS} landmarks": Nystrom(*linears(3 * CHANNELS), HEADS, LANDMARKS, size**-0.5),
         f"NMF, rank {RANK}, {STEPS} steps": NmfMixing(*linears(CHANNELS), RANK, STEPS, start(RANK, CHANNELS)),
-        f"projective NMF, rank {RANK}, {STEPS} steps": PnmfMixing(*linears(CHANNELS), RANK, STEPS, start(CHANNELS, RANK)),
+        f"projective NMF, rank {RANK}, {STEPS} steps": PnmfMixing(
+            *linears(CHANNELS), RANK, STEPS, start(CHANNELS, RANK)
+        ),
         f"NTF (tokens, heads, channels), rank {RANK}, {STEPS} steps": NtfMixing(
             *linears(CHANNELS), RANK, STEPS, start(size + HEADS, RANK), (HEADS, size)
         ),

@@ -52,9 +52,7 @@ class Moments:
 
 def no_moments(shape: Shape) -> Moments:
     """Those of independent channels of unit variance, which stand for no data."""
-    return Moments(
-        torch.eye(shape.channels + 1, dtype=torch.float64), torch.eye(shape.width, dtype=torch.float64)
-    )
+    return Moments(torch.eye(shape.channels + 1, dtype=torch.float64), torch.eye(shape.width, dtype=torch.float64))
 
 
 def moments_of(dense: Projections, shape: Shape, calls: Sequence[Seen]) -> Moments:
@@ -91,6 +89,12 @@ def attended_values(dense: Projections, shape: Shape, call: Seen) -> Tensor:
     causal = call.masking == "causal" and call.mask is None
     weights = torch.softmax(masked(q @ k.mT * shape.scale, call.mask, causal), -1)
     return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def outputs_of(dense: Projections, shape: Shape, calls: Sequence[Seen]) -> list[Tensor]:
+    """What the dense layer makes of each call, (batch, tokens, channels)."""
+    bias = 0 if dense.bo is None else dense.bo
+    return [attended_values(dense, shape, call) @ dense.o.mT + bias for call in calls]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.errors import InputError
+from rankopt.layer_spec import LayerSpec
 from rankopt.nn.attention_calls import AttentionCall, BertCall, Gpt2Call, TorchCall, VitCall, padding
 
 
@@ -46,6 +47,11 @@ class Shape:
         return self.heads * self.size
 
 
+def shape_of(layer: LayerSpec) -> Shape:
+    """The sizes of an attention layer, out of its facts."""
+    return Shape(**{name: value for name, value in layer.facts if name != "style"})
+
+
 @dataclass(frozen=True)
 class Projections:
     """The dense weights: `q`, `k`, `v` (heads·size, channels), `o` (channels, heads·size), biases or None."""
@@ -62,6 +68,10 @@ class Projections:
     def to(self, *args: Any) -> Projections:
         """In another dtype or on another device."""
         return Projections(**{k: None if v is None else v.to(*args) for k, v in vars(self).items()})
+
+    def detached(self) -> Projections:
+        """Without gradients."""
+        return Projections(**{k: None if v is None else v.detach() for k, v in vars(self).items()})
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -89,6 +99,26 @@ class Seen:
         return padding(self.mask, "attention").expand(self.x.shape[0], -1)
 
 
+def unpacked(shape: Shape, weight: Tensor) -> Projections:
+    """The projections out of the layer's weight (1, 4 · width + 1, channels + 1)."""
+    q, k, v, o = weight[0, :-1].chunk(4)
+    biases = [part[:, -1] for part in (q, k, v)] if shape.bias else [None] * 3
+    last = weight[0, -1, :-1] if shape.bias_out else None
+    return Projections(q[:, :-1], k[:, :-1], v[:, :-1], o[:, :-1].transpose(0, 1), *biases, last)
+
+
+def packed(dense: Projections) -> Tensor:
+    """The inverse of `unpacked`."""
+    parts = []
+    for part, bias in zip(
+        (dense.q, dense.k, dense.v, dense.o.transpose(0, 1)), (dense.bq, dense.bk, dense.bv, None), strict=True
+    ):
+        column = part.new_zeros(len(part)) if bias is None else bias
+        parts.append(torch.cat([part, column[:, None]], 1))
+    last = dense.o.new_zeros(dense.o.shape[0]) if dense.bo is None else dense.bo
+    return torch.cat([*parts, torch.cat([last, last.new_zeros(1)])[None]])[None]
+
+
 class Style(ABC):
     """One form of self-attention layer."""
 
@@ -109,6 +139,10 @@ class Style(ABC):
     @abstractmethod
     def read(self, module: Any) -> Projections:
         """Its weights, as they are (views where possible)."""
+
+    @abstractmethod
+    def state(self, dense: Projections) -> dict[str, Tensor | None]:
+        """The entries of its state dict for such weights; None where it has no such bias."""
 
     @abstractmethod
     def call(self, module: Any, core: nn.Module) -> AttentionCall:
@@ -145,6 +179,13 @@ class _Torch(Style):
         q, k, v = module.in_proj_weight.chunk(3)
         biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
         return Projections(q, k, v, module.out_proj.weight, *biases, module.out_proj.bias)
+
+    def state(self, dense: Projections) -> dict[str, Tensor | None]:
+        bias = None if dense.bq is None else _together(dense.bq, dense.bk, dense.bv)
+        return {
+            "in_proj_weight": _together(dense.q, dense.k, dense.v), "in_proj_bias": bias,
+            "out_proj.weight": dense.o, "out_proj.bias": dense.bo,
+        }  # fmt: skip
 
     def call(self, module: nn.MultiheadAttention, core: nn.Module) -> AttentionCall:
         return TorchCall(core, module.embed_dim, module.num_heads, module.batch_first)
@@ -206,6 +247,12 @@ class _Gpt2(_Named):
         q, k, v = module.c_attn.weight.mT.chunk(3)
         return Projections(q, k, v, module.c_proj.weight.mT, *module.c_attn.bias.chunk(3), module.c_proj.bias)
 
+    def state(self, dense: Projections) -> dict[str, Tensor | None]:
+        return {
+            "c_attn.weight": _together(dense.q, dense.k, dense.v).mT, "c_attn.bias": _together(dense.bq, dense.bk, dense.bv),
+            "c_proj.weight": dense.o.mT, "c_proj.bias": dense.bo,
+        }  # fmt: skip
+
     def call(self, module: Any, core: nn.Module) -> AttentionCall:
         dropout = nn.Dropout(module.resid_dropout.p)
         return Gpt2Call(core, self.shape(module).causal, dropout, module.layer_idx or 0)
@@ -236,6 +283,9 @@ class _Bert(_Named):
             own.query.bias, own.key.bias, own.value.bias, out.bias,
         )  # fmt: skip
 
+    def state(self, dense: Projections) -> dict[str, Tensor | None]:
+        return _by_name(dense, ("self.query", "self.key", "self.value", "output.dense"))
+
     def call(self, module: Any, core: nn.Module) -> AttentionCall:
         old = module.output
         norm = nn.LayerNorm(
@@ -244,9 +294,7 @@ class _Bert(_Named):
         )  # fmt: skip
         if not old.LayerNorm.weight.is_meta:
             norm.load_state_dict(old.LayerNorm.state_dict())
-        return BertCall(
-            core, self.shape(module).causal, nn.Dropout(old.dropout.p), norm, module.self.layer_idx or 0
-        )
+        return BertCall(core, self.shape(module).causal, nn.Dropout(old.dropout.p), norm, module.self.layer_idx or 0)
 
 
 class _Vit(_Named):
@@ -266,6 +314,9 @@ class _Vit(_Named):
         q, k, v, o = module.q_proj, module.k_proj, module.v_proj, module.o_proj
         return Projections(q.weight, k.weight, v.weight, o.weight, q.bias, k.bias, v.bias, o.bias)
 
+    def state(self, dense: Projections) -> dict[str, Tensor | None]:
+        return _by_name(dense, ("q_proj", "k_proj", "v_proj", "o_proj"))
+
     def call(self, module: Any, core: nn.Module) -> AttentionCall:
         return VitCall(core)
 
@@ -276,6 +327,17 @@ STYLES: dict[str, Style] = {style.name: style for style in (_Torch(), _Gpt2(), _
 def style_of(module: nn.Module) -> Style | None:
     """The form of a self-attention layer, None when it is none that is known."""
     return next((style for style in STYLES.values() if style.fits(module)), None)
+
+
+def _together(*parts: Tensor | None) -> Tensor:
+    return torch.cat([part for part in parts if part is not None])
+
+
+def _by_name(dense: Projections, names: tuple[str, ...]) -> dict[str, Tensor | None]:
+    found: dict[str, Tensor | None] = {}
+    for part, name in zip("qkvo", names, strict=True):
+        found |= {f"{name}.weight": getattr(dense, part), f"{name}.bias": getattr(dense, f"b{part}")}
+    return found
 
 
 def _classified(x: Tensor, mask: Tensor | None, causal: bool) -> Seen:

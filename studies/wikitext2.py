@@ -85,14 +85,16 @@ def encoder(steps: int = 1600, root: str | None = None) -> nn.Module:
     return _trained("encoder", False, steps, root)
 
 
-def text(calibration: int = 192, validation: int = 256, root: str | None = None) -> dict[str, Any]:
+def text(calibration: int = 128, validation: int = 64, test: int = 128, root: str | None = None) -> dict[str, Any]:
     """Windows and the words that follow each of their positions."""
-    return _splits(_following, calibration, validation, root)
+    return _splits(_following, calibration, validation, test, root)
 
 
-def masked_text(calibration: int = 192, validation: int = 512, root: str | None = None) -> dict[str, Any]:
+def masked_text(
+    calibration: int = 256, validation: int = 192, test: int = 384, root: str | None = None
+) -> dict[str, Any]:
     """Windows with some words masked, and those words (-1 elsewhere)."""
-    return _splits(_masked, calibration, validation, root)
+    return _splits(_masked, calibration, validation, test, root)
 
 
 def quality(module: nn.Module, batches: Sequence[Batch]) -> float:
@@ -157,7 +159,7 @@ def _hide(windows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return windows.masked_fill(hidden, MASK), windows.masked_fill(~hidden, -1)
 
 
-def _splits(make: Any, calibration: int, validation: int, root: str | None) -> dict[str, Any]:
+def _splits(make: Any, calibration: int, validation: int, test: int, root: str | None) -> dict[str, Any]:
     x, y = make("train", root)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     calibrating, training = order[:calibration], order[:8192]
@@ -165,7 +167,7 @@ def _splits(make: Any, calibration: int, validation: int, root: str | None) -> d
     return {
         "calibration": (x[calibrating], y[calibrating]),
         "validation": tuple(t[:validation] for t in held),
-        "test": tests,
+        "test": tuple(t[:test] for t in tests),
         "train": (x[training], y[training]),
     }
 
@@ -210,7 +212,9 @@ def _train(net: TextModel, steps: int, root: str | None, batch: int = 32) -> Non
         optimizer.step()
         schedule.step()
         if step % 50 == 0 or step == steps:
-            print(f"step {step}/{steps}  loss {float(loss.detach()):.3f}  {time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"step {step}/{steps}  loss {float(loss.detach()):.3f}  {time.perf_counter() - start:.0f} s", flush=True
+            )
 
 
 def _main() -> None:
@@ -221,7 +225,7 @@ def _main() -> None:
     make, data = (language_model, text) if given.which == "language_model" else (encoder, masked_text)
     net = make(**({} if given.steps is None else {"steps": given.steps}))
     for part in ("validation", "test"):
-        x, y = data()[part]
+        x, y = data(validation=10**6, test=10**6)[part]
         print(f"{given.which}: perplexity on {len(x)} {part} windows {perplexity(net, [Batch((x,), {}, y)]):.1f}")
 
 

@@ -14,9 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankopt.attention_moments import moments_of, no_moments
-from rankopt.attention_styles import Projections, Seen, Shape, style_of
+from rankopt.attention_styles import Projections, Seen, Shape, packed, style_of, unpacked
 from rankopt.decompositions.attention_low_rank import AttentionApart, AttentionFused, AttentionHeads
-from rankopt.decompositions.attention_method import AttentionMethod, Known, filled
+from rankopt.decompositions.attention_method import AttentionMethod, filled
 from rankopt.decompositions.attention_mixers import (
     AttentionNmf,
     AttentionNtf,
@@ -80,10 +80,9 @@ def test_full_rank_is_the_dense_layer_with_all_masks(
     x = torch.randn(2, 6, channels, dtype=torch.float64)
     few = [Seen(x[:1, :4], "none")]  # fewer tokens than channels: the data leave directions open
     moments = moments_of(dense, shape, few) if data else no_moments(shape)
-    known = Known(moments, 6)
-    factors = way.prepare(shape, dense, known)
+    factors = way.prepare(shape, dense, moments)
     ranks = way.bounds_of(shape, 6)
-    core = filled(way.core(shape, 6, ranks, dtype=torch.float64), way.weights_of(shape, factors, ranks, known))
+    core = filled(way.core(shape, ranks, dtype=torch.float64), way.tensors_of(shape, factors, ranks))
     shown = torch.ones(2, 6, 6, dtype=torch.bool)
     mask: Tensor | None = None
     if masks == "causal":
@@ -98,10 +97,9 @@ def test_full_rank_is_the_dense_layer_with_all_masks(
 @pytest.mark.parametrize("way", EXACT, ids=lambda w: w.name)
 def test_gradients_of_inputs_are_those_of_the_dense_layer(way: AttentionMethod) -> None:
     dense, shape = dense_layer(8, 2, 4, True, True)
-    known = Known(no_moments(shape), 5)
-    factors = way.prepare(shape, dense, known)
+    factors = way.prepare(shape, dense, no_moments(shape))
     ranks = way.bounds_of(shape, 5)
-    core = filled(way.core(shape, 5, ranks, dtype=torch.float64), way.weights_of(shape, factors, ranks, known))
+    core = filled(way.core(shape, ranks, dtype=torch.float64), way.tensors_of(shape, factors, ranks))
     x = torch.randn(2, 5, 8, dtype=torch.float64, requires_grad=True)
     got = torch.autograd.grad(core(x).square().sum(), x)[0]
     wanted = torch.autograd.grad(written_out(dense, shape, x, torch.ones(2, 5, 5).bool()).square().sum(), x)[0]
@@ -119,12 +117,11 @@ def test_data_help_and_the_error_falls_with_the_rank(way: AttentionMethod) -> No
     truth = written_out(dense, shape, x, torch.ones(40, 12, 12).bool())
 
     def errors(moments: Any) -> list[float]:
-        known = Known(moments, 12)
-        factors = way.prepare(shape, dense, known)
+        factors = way.prepare(shape, dense, moments)
         found = []
         for share in (0.25, 0.5, 0.75, 1.0):
             ranks = {n: max(1, round(share * b)) for n, b in way.bounds_of(shape, 12).items()}
-            core = filled(way.core(shape, 12, ranks, dtype=torch.float64), way.weights_of(shape, factors, ranks, known))
+            core = filled(way.core(shape, ranks, dtype=torch.float64), way.tensors_of(shape, factors, ranks))
             found.append(float((core(x) - truth).detach().square().sum()))
         return found
 
@@ -146,17 +143,18 @@ def test_costs_are_what_is_counted_and_arrays_agree(
     if way.why_not_of(shape, "none", tokens):
         return
     ranks = {n: max(1, round(share * b)) for n, b in way.bounds_of(shape, tokens).items()}
-    core = way.core(shape, tokens, ranks, dtype=torch.float32)
+    ranks |= way.fixed_of(shape, tokens)
+    core = way.core(shape, ranks, dtype=torch.float32)
     with torch.no_grad():
         for p in core.parameters():
             p.normal_()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         core(torch.randn(2, tokens, 6))
     assert way.macs_of(shape, tokens, ranks) * 2 == counter.get_total_flops() // 2
-    assert way.params_of(shape, tokens, ranks) == sum(p.numel() for p in core.parameters())
+    assert way.params_of(shape, ranks) == sum(p.numel() for p in core.parameters())
     many = {n: np.array([1, r]) for n, r in ranks.items()}
     assert way.macs_of(shape, tokens, many)[1] == way.macs_of(shape, tokens, ranks)
-    assert way.params_of(shape, tokens, many)[1] == way.params_of(shape, tokens, ranks)
+    assert way.params_of(shape, many)[1] == way.params_of(shape, ranks)
 
 
 @pytest.mark.parametrize("way", MIXERS, ids=lambda w: w.name)
@@ -165,15 +163,15 @@ def test_distillation_lowers_the_error_and_repeats(way: AttentionMethod) -> None
     torch.manual_seed(0)
     x = torch.randn(48, 9, 8)
     y = written_out(dense, shape, x, torch.ones(48, 9, 9).bool())
-    known = Known(no_moments(shape), 9, [Example(x, y)], DistillOptions(steps=60))
-    factors = way.prepare(shape, dense, known)
+    examples = [Example(x, y)]
     ranks = dict.fromkeys(way.rank_names_of(shape), 3)
-    begun = way.weights_of(shape, factors, ranks, Known(known.moments, 9))
-    trained = way.weights_of(shape, factors, ranks, known)
-    before, after = (block_error(filled(way.core(shape, 9, ranks), w), known.examples) for w in (begun, trained))
-    assert after < 0.9 * before
-    again = way.weights_of(shape, factors, ranks, known)
-    assert all(torch.equal(a, b) for a, b in zip(trained, again, strict=True))
+    factors = way.prepare(shape, dense, no_moments(shape))
+    blocks = [filled(way.core(shape, ranks), way.tensors_of(shape, factors, ranks)) for _ in range(2)]
+    before = block_error(blocks[0], examples)
+    for block in blocks:
+        distill(block, examples, DistillOptions(steps=60, lr=3e-3 * way.pace))
+    assert block_error(blocks[0], examples) < 0.99 * before
+    assert all(torch.equal(a, b) for a, b in zip(blocks[0].parameters(), blocks[1].parameters(), strict=True))
 
 
 def test_distillation_never_leaves_a_block_worse() -> None:
@@ -205,7 +203,19 @@ def test_what_mixers_refuse(way: AttentionMethod) -> None:
     assert (way.why_not_of(shape, "none", 10) is not None) == grid
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_weight_holds_all_projections(bias: bool) -> None:
+    dense, shape = dense_layer(6, 2, 4, bias, bias)
+    again = unpacked(shape, packed(dense))
+    for name, value in vars(dense).items():
+        other = getattr(again, name)
+        assert (other is None) == (value is None)
+        assert value is None or torch.equal(other, value)
+
+
 def test_styles_are_known() -> None:
     assert style_of(nn.Linear(2, 2)) is None
     style = style_of(nn.MultiheadAttention(4, 2, add_zero_attn=True))
-    assert style is not None and "add_zero_attn" in (style.why_not(nn.MultiheadAttention(4, 2, add_zero_attn=True)) or "")
+    assert style is not None and "add_zero_attn" in (
+        style.why_not(nn.MultiheadAttention(4, 2, add_zero_attn=True)) or ""
+    )

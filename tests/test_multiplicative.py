@@ -33,7 +33,9 @@ def objective(name: str, x: Tensor, state: mu.State) -> Tensor:
     return (x - fitted).square().flatten(1).sum(1)
 
 
-def begun(name: str, generator: torch.Generator, n: int, m: int, k: int, r: int, zeros: float) -> tuple[Tensor, mu.State]:
+def begun(
+    name: str, generator: torch.Generator, n: int, m: int, k: int, r: int, zeros: float
+) -> tuple[Tensor, mu.State]:
     if name == "nmf":
         return positive(generator, 2, n, m, zeros=zeros), (
             positive(generator, 2, n, r, zeros=zeros), positive(generator, 2, r, m, zeros=zeros)

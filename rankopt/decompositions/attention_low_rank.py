@@ -5,7 +5,7 @@ All three keep the softmax, so masks, causal attention and padding are what they
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,11 @@ from rankopt.attention_moments import (
     solved_output,
     weighted_svd,
 )
-from rankopt.attention_styles import Projections, Shape
-from rankopt.decompositions.attention_method import AttentionMethod, Known
+from rankopt.attention_styles import Projections, Shape, shape_of
+from rankopt.decompositions.attention_method import AttentionMethod
 from rankopt.decompositions.decomposition import Factors, Ranks
 from rankopt.decompositions.multilinear import tail
+from rankopt.layer_spec import LayerSpec
 from rankopt.nn.attention import Apart, Attention
 
 
@@ -47,7 +48,7 @@ class AttentionHeads(AttentionMethod):
         """The channels of a head."""
         return {"rank_qk": shape.size, "rank_vo": shape.size}
 
-    def params_of(self, shape: Shape, tokens: int, ranks: Ranks) -> Any:
+    def params_of(self, shape: Shape, ranks: Ranks) -> Any:
         """See `AttentionMethod`."""
         h, e = shape.heads, shape.channels
         inner = h * (2 * ranks["rank_qk"] + ranks["rank_vo"])
@@ -58,16 +59,15 @@ class AttentionHeads(AttentionMethod):
         h, qk, vo = shape.heads, ranks["rank_qk"], ranks["rank_vo"]
         return tokens * shape.channels * h * 2 * (qk + vo) + h * tokens**2 * (qk + vo)
 
-    def core(self, shape: Shape, tokens: int, ranks: Mapping[str, int], **where: Any) -> Attention:
+    def core(self, shape: Shape, ranks: Mapping[str, int], **where: Any) -> Attention:
         """See `AttentionMethod`."""
         h, qk, vo = shape.heads, ranks["rank_qk"], ranks["rank_vo"]
         inward = nn.Linear(shape.channels, h * (2 * qk + vo), bias=shape.bias, **where)
         outward = nn.Linear(h * vo, shape.channels, bias=shape.bias_out, **where)
         return Attention(inward, outward, h, qk, vo, shape.scale, shape.dropout)
 
-    def prepare(self, shape: Shape, dense: Projections, known: Known) -> Factors:
+    def prepare(self, shape: Shape, dense: Projections, moments: Moments) -> Factors:
         """The balanced rotations, applied to the weights."""
-        moments = known.moments
         scores, outputs = of_scores(dense, shape, moments), of_outputs(dense, shape, moments)
         parts = {
             "q": _rotated(scores.left, dense.q, dense.bq),
@@ -78,16 +78,21 @@ class AttentionHeads(AttentionMethod):
                  "right": outputs.right, "values": moments.values, "o": dense.o.double()}  # fmt: skip
         return found | parts | ({} if dense.bo is None else {"bo": dense.bo.double()})
 
-    def weights_of(self, shape: Shape, factors: Factors, ranks: Mapping[str, int], known: Known) -> list[Tensor]:
+    def tensors_of(self, shape: Shape, factors: Factors, ranks: Mapping[str, int]) -> list[Tensor]:
         """The first rows of every head, and the output projection solved behind them."""
         qk, vo = ranks["rank_qk"], ranks["rank_vo"]
         cut = [factors["q"][:, :qk], factors["k"][:, :qk], factors["v"][:, :vo]]
         rows = torch.cat([c.flatten(0, 1) for c in cut])
         inward = [rows[:, :-1], rows[:, -1]] if shape.bias else [rows[:, :-1]]
-        outward = solved_output(
-            factors["o"], factors["left"][:, :vo], factors["right"][:, :vo], factors["values"]
-        )
+        left, right = factors["left"][:, :vo], factors["right"][:, :vo]
+        outward = solved_output(factors["o"], left, right, factors["values"])
         return [*inward, outward, *([factors["bo"]] if shape.bias_out else [])]
+
+    def ranks_of(self, layer: LayerSpec, weights: Sequence[Tensor]) -> dict[str, int]:
+        """From the inward and the outward weight."""
+        shape = shape_of(layer)
+        vo = weights[2 if shape.bias else 1].shape[1] // shape.heads
+        return {"rank_qk": (weights[0].shape[0] // shape.heads - vo) // 2, "rank_vo": vo}
 
     def lost(self, factors: Factors, ranks: Ranks) -> Any:
         """Tails of both spectra."""
@@ -111,7 +116,7 @@ class AttentionApart(AttentionMethod):
         """The smaller side of each weight."""
         return dict.fromkeys(self.rank_names_of(shape), min(shape.channels, shape.width))
 
-    def params_of(self, shape: Shape, tokens: int, ranks: Ranks) -> Any:
+    def params_of(self, shape: Shape, ranks: Ranks) -> Any:
         """See `AttentionMethod`."""
         inner = sum(ranks[n] for n in ("rank_q", "rank_k", "rank_v"))
         return inner * (shape.channels + shape.width) + shape.bias * 3 * shape.width + _outward(shape, ranks["rank_o"])
@@ -122,7 +127,7 @@ class AttentionApart(AttentionMethod):
         linear = inner * (shape.channels + shape.width) + _outward(shape, ranks["rank_o"]) - _bias(shape)
         return tokens * linear + 2 * tokens**2 * shape.width
 
-    def core(self, shape: Shape, tokens: int, ranks: Mapping[str, int], **where: Any) -> Attention:
+    def core(self, shape: Shape, ranks: Mapping[str, int], **where: Any) -> Attention:
         """See `AttentionMethod`."""
         inner = [ranks[n] for n in ("rank_q", "rank_k", "rank_v")]
         lasts = nn.ModuleList(nn.Linear(r, shape.width, bias=shape.bias, **where) for r in inner)
@@ -130,11 +135,10 @@ class AttentionApart(AttentionMethod):
         outward = _outward_module(shape, ranks["rank_o"], where)
         return Attention(inward, outward, shape.heads, shape.size, shape.size, shape.scale, shape.dropout)
 
-    def prepare(self, shape: Shape, dense: Projections, known: Known) -> Factors:
+    def prepare(self, shape: Shape, dense: Projections, moments: Moments) -> Factors:
         """Four weighted singular value decompositions."""
-        moments = known.moments
         metrics = {"q": key_gram, "k": query_gram}
-        found: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {} if dense.bo is None else {"bo": dense.bo.double()}
         for name in ("q", "k", "v"):
             weight: Tensor = getattr(dense, name).double()
             gram = metrics[name](dense, shape, moments) if name in metrics else output_gram(dense, shape)
@@ -143,7 +147,7 @@ class AttentionApart(AttentionMethod):
             found |= {f"first_{name}": first, f"last_{name}": last, f"energy_{name}": energy}
         return found | _prepared_outward(shape, dense, moments) | _biases(dense, moments)
 
-    def weights_of(self, shape: Shape, factors: Factors, ranks: Mapping[str, int], known: Known) -> list[Tensor]:
+    def tensors_of(self, shape: Shape, factors: Factors, ranks: Mapping[str, int]) -> list[Tensor]:
         """Slices; biases take up what the cut does to the mean token."""
         first = [factors[f"first_{n}"][: ranks[f"rank_{n}"]] for n in "qkv"]
         lasts: list[Tensor] = []
@@ -153,6 +157,13 @@ class AttentionApart(AttentionMethod):
             if shape.bias:
                 lasts.append(_shifted(factors, n, last @ rows))
         return [torch.cat(first), *lasts, *_sliced_outward(shape, factors, ranks["rank_o"])]
+
+    def ranks_of(self, layer: LayerSpec, weights: Sequence[Tensor]) -> dict[str, int]:
+        """From the second factors."""
+        shape = shape_of(layer)
+        step = 2 if shape.bias else 1
+        inner = {f"rank_{n}": weights[1 + i * step].shape[1] for i, n in enumerate("qkv")}
+        return inner | {"rank_o": _outward_rank(shape, weights[1 + 3 * step :])}
 
     def lost(self, factors: Factors, ranks: Ranks) -> Any:
         """Tails of the four spectra."""
@@ -175,7 +186,7 @@ class AttentionFused(AttentionMethod):
         """The smaller side of each weight."""
         return {"rank_qkv": min(shape.channels, 3 * shape.width), "rank_o": min(shape.channels, shape.width)}
 
-    def params_of(self, shape: Shape, tokens: int, ranks: Ranks) -> Any:
+    def params_of(self, shape: Shape, ranks: Ranks) -> Any:
         """See `AttentionMethod`."""
         inner = ranks["rank_qkv"] * (shape.channels + 3 * shape.width)
         return inner + shape.bias * 3 * shape.width + _outward(shape, ranks["rank_o"])
@@ -186,7 +197,7 @@ class AttentionFused(AttentionMethod):
         linear = inner + _outward(shape, ranks["rank_o"]) - _bias(shape)
         return tokens * linear + 2 * tokens**2 * shape.width
 
-    def core(self, shape: Shape, tokens: int, ranks: Mapping[str, int], **where: Any) -> Attention:
+    def core(self, shape: Shape, ranks: Mapping[str, int], **where: Any) -> Attention:
         """See `AttentionMethod`."""
         r = ranks["rank_qkv"]
         inward = nn.Sequential(
@@ -195,9 +206,8 @@ class AttentionFused(AttentionMethod):
         outward = _outward_module(shape, ranks["rank_o"], where)
         return Attention(inward, outward, shape.heads, shape.size, shape.size, shape.scale, shape.dropout)
 
-    def prepare(self, shape: Shape, dense: Projections, known: Known) -> Factors:
+    def prepare(self, shape: Shape, dense: Projections, moments: Moments) -> Factors:
         """Two weighted singular value decompositions."""
-        moments = known.moments
         moment = moments.covariance if shape.bias else moments.second
         grams = [key_gram(dense, shape, moments), query_gram(dense, shape, moments), output_gram(dense, shape)]
         scaled = []
@@ -210,12 +220,17 @@ class AttentionFused(AttentionMethod):
         found = {"first": first, "last": last, "energy_qkv": energy}
         return found | _prepared_outward(shape, dense, moments) | _biases(dense, moments)
 
-    def weights_of(self, shape: Shape, factors: Factors, ranks: Mapping[str, int], known: Known) -> list[Tensor]:
+    def tensors_of(self, shape: Shape, factors: Factors, ranks: Mapping[str, int]) -> list[Tensor]:
         """Slices; biases take up what the cut does to the mean token."""
         first, last = factors["first"][: ranks["rank_qkv"]], factors["last"][:, : ranks["rank_qkv"]]
         product = (last @ first).chunk(3)
         biases = [torch.cat([_shifted(factors, n, p) for n, p in zip("qkv", product, strict=True)])]
         return [first, last, *(biases if shape.bias else []), *_sliced_outward(shape, factors, ranks["rank_o"])]
+
+    def ranks_of(self, layer: LayerSpec, weights: Sequence[Tensor]) -> dict[str, int]:
+        """From the first factors."""
+        shape = shape_of(layer)
+        return {"rank_qkv": len(weights[0]), "rank_o": _outward_rank(shape, weights[3 if shape.bias else 2 :])}
 
     def lost(self, factors: Factors, ranks: Ranks) -> Any:
         """Tails of both spectra."""
@@ -261,9 +276,14 @@ def _sliced_outward(shape: Shape, factors: Factors, rank: int) -> list[Tensor]:
     return [factors["first_o"][:rank], factors["last_o"][:, :rank], *bias]
 
 
+def _outward_rank(shape: Shape, weights: Sequence[Tensor]) -> int:
+    whole = len(weights) == (2 if shape.bias_out else 1)
+    return min(shape.channels, shape.width) if whole else len(weights[0])
+
+
 def _biases(dense: Projections, moments: Moments) -> dict[str, Tensor]:
     """The biases, and what the dense projections make of the mean token."""
-    found: dict[str, Tensor] = {} if dense.bo is None else {"bo": dense.bo.double()}
+    found: dict[str, Tensor] = {}
     if dense.bq is not None and dense.bk is not None and dense.bv is not None:
         found["mean"] = moments.mean
         for n, w, b in (("q", dense.q, dense.bq), ("k", dense.k, dense.bk), ("v", dense.v, dense.bv)):

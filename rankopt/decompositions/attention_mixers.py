@@ -8,17 +8,19 @@ dense layer; so all of them need recovery.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rankopt.attention_styles import Projections, Shape
-from rankopt.decompositions.attention_method import AttentionMethod, Known
+from rankopt.attention_moments import Moments, outputs_of
+from rankopt.attention_styles import Projections, Shape, shape_of, style_of
+from rankopt.decompositions.attention_method import AttentionMethod, filled
 from rankopt.decompositions.decomposition import Factors, Ranks
-from rankopt.distill_block import distill
+from rankopt.distill_block import DistillOptions, Example, distill
+from rankopt.layer_spec import LayerSpec
 from rankopt.nn.factor_mixing import NmfMixing, NtfMixing, PnmfMixing, macs_of_nmf, macs_of_ntf, macs_of_pnmf
 from rankopt.nn.nystrom import Nystrom, macs_of_nystrom
 
@@ -47,23 +49,15 @@ class Mixer(AttentionMethod):
             return "it mixes all tokens of a sample, and this attention is masked between pairs of tokens"
         return None
 
-    def prepare(self, shape: Shape, dense: Projections, known: Known) -> Factors:
+    def prepare(self, shape: Shape, dense: Projections, moments: Moments) -> Factors:
         """The dense weights; the block is trained when its ranks are known."""
         return {name: value for name, value in vars(dense).items() if value is not None}
 
-    def weights_of(self, shape: Shape, factors: Factors, ranks: Mapping[str, int], known: Known) -> list[Tensor]:
-        """The parameters of the block after distillation (as it begins, where there are no data)."""
-        block = self.begun(shape, factors, ranks, known.tokens)
-        if known.examples:
-            distill(block, known.examples, replace(known.distillation, lr=known.distillation.lr * self.pace))
-        return [p.detach() for p in block.parameters()]
-
-    def begun(self, shape: Shape, factors: Factors, ranks: Mapping[str, int], tokens: int) -> nn.Module:
-        """The block with the dense layer's projections, in float32."""
-        block = self.core(shape, tokens, ranks)
-        inner = [factors[n] for n in self.inner]
+    def tensors_of(self, shape: Shape, factors: Factors, ranks: Mapping[str, int]) -> list[Tensor]:
+        """The dense layer's own projections, and for what it has not, seeded numbers."""
+        block: Any = self.core(shape, ranks, dtype=torch.float64)
         with torch.no_grad():
-            block.inward.weight.copy_(torch.cat(inner))
+            block.inward.weight.copy_(torch.cat([factors[n] for n in self.inner]))
             block.outward.weight.copy_(factors["o"])
             if shape.bias:
                 block.inward.bias.copy_(torch.cat([factors[f"b{n}"] for n in self.inner]))
@@ -72,7 +66,23 @@ class Mixer(AttentionMethod):
             if hasattr(block, "start"):
                 generator = torch.Generator().manual_seed(0)
                 block.start.copy_(torch.randn(block.start.shape, generator=generator))
-        return block
+        return [p.detach() for p in block.parameters()]
+
+    def distil(
+        self, layer: LayerSpec, ranks: Mapping[str, int], weights: Sequence[Tensor], dense: nn.Module, samples: Any
+    ) -> list[Tensor]:
+        """Train the core on the gathered calls, in float32; see `distill_block`."""
+        shape = shape_of(layer)
+        block = filled(self.core(shape, ranks), weights)
+        style = style_of(dense)
+        assert style is not None
+        given = [style.seen(dense, call.args, call.kwargs) for call in samples]
+        own = style.read(dense).detached()
+        outputs = outputs_of(own, shape, given)
+        examples = [Example(c.x.float(), y.float(), c.keep) for c, y in zip(given, outputs, strict=True)]
+        options = DistillOptions()
+        distill(block, examples, replace(options, lr=options.lr * self.pace))
+        return [p.detach() for p in block.parameters()]
 
     def linear_params(self, shape: Shape) -> int:
         """Entries of the two linear layers."""
@@ -90,6 +100,10 @@ class Mixer(AttentionMethod):
             nn.Linear(shape.channels, inner, bias=shape.bias, **where),
             nn.Linear(shape.width, shape.channels, bias=shape.bias_out, **where),
         )
+
+    def ranks_of(self, layer: LayerSpec, weights: Sequence[Tensor]) -> dict[str, int]:
+        """Steps and landmarks leave no trace in the tensors."""
+        raise NotImplementedError(f"{self.name}: its ranks can't be read off its tensors")
 
     def lost(self, factors: Factors, ranks: Ranks) -> Any:
         """Nothing is known before training: more components and more steps are taken to lose less."""
@@ -114,7 +128,7 @@ class AttentionNystrom(Mixer):
         """A landmark a token."""
         return {"landmarks": tokens}
 
-    def params_of(self, shape: Shape, tokens: int, ranks: Ranks) -> Any:
+    def params_of(self, shape: Shape, ranks: Ranks) -> Any:
         """Those of the dense layer, whatever the landmarks."""
         return self.linear_params(shape) + 0 * ranks["landmarks"]
 
@@ -122,7 +136,7 @@ class AttentionNystrom(Mixer):
         """See `AttentionMethod`."""
         return self.linear_macs(shape, tokens) + shape.heads * macs_of_nystrom(tokens, shape.size, ranks["landmarks"])
 
-    def core(self, shape: Shape, tokens: int, ranks: Mapping[str, int], **where: Any) -> nn.Module:
+    def core(self, shape: Shape, ranks: Mapping[str, int], **where: Any) -> nn.Module:
         """See `AttentionMethod`."""
         return Nystrom(*self.linears(shape, where), shape.heads, ranks["landmarks"], shape.scale)
 
@@ -140,7 +154,7 @@ class AttentionNmf(Mixer):
         """The smaller side of tokens × width."""
         return {"rank": min(tokens, shape.width), "steps": _STEPS}
 
-    def params_of(self, shape: Shape, tokens: int, ranks: Ranks) -> Any:
+    def params_of(self, shape: Shape, ranks: Ranks) -> Any:
         """See `AttentionMethod`."""
         return self.linear_params(shape) + ranks["rank"] * shape.width
 
@@ -149,7 +163,7 @@ class AttentionNmf(Mixer):
         inner: Any = macs_of_nmf(tokens, shape.width, ranks["rank"], ranks["steps"])
         return self.linear_macs(shape, tokens) + inner
 
-    def core(self, shape: Shape, tokens: int, ranks: Mapping[str, int], **where: Any) -> nn.Module:
+    def core(self, shape: Shape, ranks: Mapping[str, int], **where: Any) -> nn.Module:
         """See `AttentionMethod`."""
         start = torch.empty(ranks["rank"], shape.width, **where)
         return NmfMixing(*self.linears(shape, where), ranks["rank"], ranks["steps"], start)
@@ -165,7 +179,7 @@ class AttentionPnmf(AttentionNmf):
         inner: Any = macs_of_pnmf(tokens, shape.width, ranks["rank"], ranks["steps"])
         return self.linear_macs(shape, tokens) + inner
 
-    def core(self, shape: Shape, tokens: int, ranks: Mapping[str, int], **where: Any) -> nn.Module:
+    def core(self, shape: Shape, ranks: Mapping[str, int], **where: Any) -> nn.Module:
         """See `AttentionMethod`."""
         start = torch.empty(shape.width, ranks["rank"], **where)
         return PnmfMixing(*self.linears(shape, where), ranks["rank"], ranks["steps"], start)
@@ -176,36 +190,32 @@ class AttentionNtf(AttentionNmf):
 
     name = "attention_ntf"
 
-    def modes(self, shape: Shape, tokens: int) -> tuple[int, int, int]:
-        """The tensor's sizes."""
-        return (tokens, shape.heads, shape.size)
-
-    def parameterized(self, shape: Shape, tokens: int) -> tuple[int, ...]:
-        """The modes whose factors begin with parameters."""
-        return self.modes(shape, tokens)[1:]
-
     def bounds_of(self, shape: Shape, tokens: int) -> dict[str, int]:
         """The channels of all heads."""
         return {"rank": shape.width, "steps": _STEPS}
 
-    def params_of(self, shape: Shape, tokens: int, ranks: Ranks) -> Any:
+    def params_of(self, shape: Shape, ranks: Ranks) -> Any:
         """See `AttentionMethod`."""
-        return self.linear_params(shape) + ranks["rank"] * sum(self.parameterized(shape, tokens))
+        return self.linear_params(shape) + ranks["rank"] * (shape.heads + shape.size)
 
     def macs_of(self, shape: Shape, tokens: int, ranks: Ranks) -> Any:
         """See `AttentionMethod`."""
-        inner: Any = macs_of_ntf(self.modes(shape, tokens), ranks["rank"], ranks["steps"])
-        return self.linear_macs(shape, tokens) + inner
+        modes = (tokens, shape.heads, shape.size)
+        return self.linear_macs(shape, tokens) + macs_of_ntf(modes, ranks["rank"], ranks["steps"])
 
-    def core(self, shape: Shape, tokens: int, ranks: Mapping[str, int], **where: Any) -> nn.Module:
+    def modes(self, shape: Shape, ranks: Mapping[str, int]) -> tuple[int, ...]:
+        """The modes whose factors begin with parameters."""
+        return (shape.heads, shape.size)
+
+    def core(self, shape: Shape, ranks: Mapping[str, int], **where: Any) -> nn.Module:
         """See `AttentionMethod`."""
-        modes = self.parameterized(shape, tokens)
+        modes = self.modes(shape, ranks)
         start = torch.empty(sum(modes), ranks["rank"], **where)
         return NtfMixing(*self.linears(shape, where), ranks["rank"], ranks["steps"], start, modes)
 
 
 class AttentionNtfGrid(AttentionNtf):
-    """Tokens of a square image as a non-negative tensor (height, width, channels)."""
+    """Tokens of a square image as a non-negative tensor (height, width, channels); `side` is the image's."""
 
     name = "attention_ntf_grid"
 
@@ -217,11 +227,27 @@ class AttentionNtfGrid(AttentionNtf):
             return "a grid has no padding"
         return super().why_not_of(shape, masking, tokens)
 
-    def modes(self, shape: Shape, tokens: int) -> tuple[int, int, int]:
-        """The tensor's sizes."""
-        side = math.isqrt(tokens)
-        return (side, side, shape.width)
+    def rank_names_of(self, shape: Shape) -> tuple[str, ...]:
+        """Components, iterations, and the side of the grid."""
+        return ("rank", "steps", "side")
 
-    def parameterized(self, shape: Shape, tokens: int) -> tuple[int, ...]:
+    def bounds_of(self, shape: Shape, tokens: int) -> dict[str, int]:
+        """The channels of all heads; the side is given by the tokens."""
+        return {"rank": shape.width, "steps": _STEPS, "side": math.isqrt(tokens)}
+
+    def fixed_of(self, shape: Shape, tokens: int) -> dict[str, int]:
+        """The side."""
+        return {"side": math.isqrt(tokens)}
+
+    def params_of(self, shape: Shape, ranks: Ranks) -> Any:
+        """See `AttentionMethod`."""
+        return self.linear_params(shape) + ranks["rank"] * (2 * ranks["side"] + shape.width)
+
+    def macs_of(self, shape: Shape, tokens: int, ranks: Ranks) -> Any:
+        """See `AttentionMethod`."""
+        side = ranks["side"]
+        return self.linear_macs(shape, tokens) + macs_of_ntf((side, side, shape.width), ranks["rank"], ranks["steps"])
+
+    def modes(self, shape: Shape, ranks: Mapping[str, int]) -> tuple[int, ...]:
         """All three."""
-        return self.modes(shape, tokens)
+        return (ranks["side"], ranks["side"], shape.width)

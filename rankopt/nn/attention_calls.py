@@ -151,9 +151,7 @@ class Gpt2Call(AttentionCall):
         _no_encoder(encoder_hidden_states)
         cache = kwargs.get("past_key_values") if cache is None else cache
         causal = self.causal and kwargs.get("is_causal") is not False and attention_mask is None
-        y, weights = self.run(
-            hidden_states, attention_mask, causal, output_attentions, _of_self(cache), self.layer_idx
-        )
+        y, weights = self.run(hidden_states, attention_mask, causal, output_attentions, _of_self(cache), self.layer_idx)
         return self.resid_dropout(y), weights
 
 
@@ -168,7 +166,8 @@ class BertCall(AttentionCall):
 
     def __init__(self, core: nn.Module, causal: bool, dropout: nn.Module, norm: nn.Module, place: int) -> None:
         super().__init__(core, causal)
-        self.dropout, self.LayerNorm, self.layer_idx = dropout, norm, place
+        self.output = nn.ModuleDict({"dropout": dropout, "LayerNorm": norm})  # named as they were
+        self.layer_idx = place
 
     def forward(
         self,
@@ -184,7 +183,7 @@ class BertCall(AttentionCall):
         cache = kwargs.get("past_key_values") if cache is None else cache
         causal = self.causal and attention_mask is None
         y, weights = self.run(hidden_states, attention_mask, causal, False, _of_self(cache), self.layer_idx)
-        return self.LayerNorm(self.dropout(y) + hidden_states), weights
+        return self.output["LayerNorm"](self.output["dropout"](y) + hidden_states), weights
 
 
 class VitCall(AttentionCall):

@@ -92,8 +92,8 @@ def main() -> None:
     doublings = math.log(TOKENS[-1] / TOKENS[-2])
     lines = headed(
         "Cost of attention and its replacements over the number of tokens",
-        f"One layer, {CHANNELS} channels, {HEADS} heads, one sample. Millions of MACs as counted by running the layer, and "
-        "milliseconds (median) in PyTorch.",
+        f"One layer, {CHANNELS} channels, {HEADS} heads, one sample. MACs as counted by running the layer, "
+        "and milliseconds (median) in PyTorch.",
     )
     columns = [f"{t:,} tokens" for t in TOKENS]
     lines += ["| layer | " + " | ".join(columns) + " | exponent of MACs | exponent of time |"]

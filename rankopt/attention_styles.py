@@ -249,9 +249,11 @@ class _Gpt2(_Named):
 
     def state(self, dense: Projections) -> dict[str, Tensor | None]:
         return {
-            "c_attn.weight": _together(dense.q, dense.k, dense.v).mT, "c_attn.bias": _together(dense.bq, dense.bk, dense.bv),
-            "c_proj.weight": dense.o.mT, "c_proj.bias": dense.bo,
-        }  # fmt: skip
+            "c_attn.weight": _together(dense.q, dense.k, dense.v).mT,
+            "c_attn.bias": _together(dense.bq, dense.bk, dense.bv),
+            "c_proj.weight": dense.o.mT,
+            "c_proj.bias": dense.bo,
+        }
 
     def call(self, module: Any, core: nn.Module) -> AttentionCall:
         dropout = nn.Dropout(module.resid_dropout.p)

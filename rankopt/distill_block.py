@@ -14,7 +14,7 @@ _HELD = 0.25  # the share of samples that the error is measured on
 
 
 class Example(NamedTuple):
-    """Samples of one shape: `x` and `y` (batch, tokens, channels), `keep` (batch, tokens), False at padding, or None."""
+    """Samples of one shape: `x`, `y` (batch, tokens, channels), `keep` (batch, tokens), False at padding, or None."""
 
     x: Tensor
     y: Tensor

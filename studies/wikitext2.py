@@ -138,7 +138,8 @@ def _read(part: str, root: str | None) -> list[str]:
     path = folder / "wikitext2" / f"{part}.txt.xz"
     if not path.is_file():
         raise DataError(f"{path}: there is no such file; set RANKOPT_DATA to the folder that holds wikitext2/")
-    lines = lzma.open(path, "rt", encoding="utf-8").read().splitlines()
+    with lzma.open(path, "rt", encoding="utf-8") as file:
+        lines = file.read().splitlines()
     return [word for line in lines for word in (*line.split(), "<eos>")]
 
 

@@ -127,7 +127,8 @@ def test_data_help_and_the_error_falls_with_the_rank(way: AttentionMethod) -> No
 
     with_data, without = errors(moments_of(dense, shape, [call])), errors(no_moments(shape))
     assert with_data == sorted(with_data, reverse=True)
-    assert with_data[0] < without[0] and with_data[1] < without[1]
+    assert with_data[0] < without[0]
+    assert with_data[1] < without[1]
 
 
 @pytest.mark.parametrize("way", [*EXACT, *MIXERS], ids=lambda w: w.name)
@@ -216,6 +217,5 @@ def test_the_weight_holds_all_projections(bias: bool) -> None:
 def test_styles_are_known() -> None:
     assert style_of(nn.Linear(2, 2)) is None
     style = style_of(nn.MultiheadAttention(4, 2, add_zero_attn=True))
-    assert style is not None and "add_zero_attn" in (
-        style.why_not(nn.MultiheadAttention(4, 2, add_zero_attn=True)) or ""
-    )
+    assert style is not None
+    assert "add_zero_attn" in (style.why_not(nn.MultiheadAttention(4, 2, add_zero_attn=True)) or "")

@@ -47,7 +47,8 @@ def packed(dense: Projections, shape: Shape) -> Attention:
 
 def replaced(module: nn.Module) -> nn.Module:
     style = style_of(module)
-    assert style is not None and style.why_not(module) is None
+    assert style is not None
+    assert style.why_not(module) is None
     return style.call(module, packed(style.read(module), style.shape(module))).eval()
 
 
@@ -318,7 +319,7 @@ def test_weighted_svd_is_optimal() -> None:
         d = w - last[:, :rank] @ first[:rank]
         error = torch.trace(torch.block_diag(*g) @ d @ m @ d.mT)
         assert torch.allclose(error, energy[rank:].sum(), rtol=1e-3)
-        u, s, vh = torch.linalg.svd(torch.linalg.cholesky(torch.block_diag(*g)).mT @ w @ torch.linalg.cholesky(m))
+        _u, s, _vh = torch.linalg.svd(torch.linalg.cholesky(torch.block_diag(*g)).mT @ w @ torch.linalg.cholesky(m))
         assert torch.allclose(s[rank:].square().sum(), error, rtol=1e-3)
 
 
@@ -326,5 +327,6 @@ def test_balancing_survives_heads_without_energy() -> None:
     gram = torch.zeros(2, 3, 3, dtype=torch.float64)
     gram[0] = torch.eye(3)
     found = balanced(gram, gram)
-    assert found.left.isfinite().all() and found.right.isfinite().all()
+    assert found.left.isfinite().all()
+    assert found.right.isfinite().all()
     assert torch.allclose(found.left.mT @ found.right, torch.eye(3, dtype=torch.float64).expand(2, 3, 3), atol=1e-6)

@@ -175,7 +175,10 @@ def test_padding_changes_nothing_and_gradients_reach_all(kind: str, dtype: torch
     assert torch.allclose(got[keep].reshape(alone.shape), alone, atol=tolerance, rtol=tolerance)
     got.square().sum().backward()
     for name, parameter in layer.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
+        gradient = parameter.grad
+        assert gradient is not None, name
+        assert gradient.isfinite().all(), name
+        assert gradient.abs().sum() > 0, name
 
 
 def test_one_step_changes_gradients_and_not_values() -> None:

@@ -1,7 +1,7 @@
 """`AttentionMethod`: what all ways to write a self-attention layer have in common.
 
-The layer's weight is one matrix (1, 4 · width + 1, channels + 1): queries, keys and values with their biases in the last
-column, the output projection turned around, and its bias in the last row. A method says what it builds in terms of
+The layer's weight is one matrix (1, 4 · width + 1, channels + 1): queries, keys and values with their biases in the
+last column, the output projection turned around, and its bias in the last row. A method says what it builds in terms of
 sizes (`Shape`) and tokens; what it builds is the core, which `kinds.attention` makes callable as the layer was.
 """
 

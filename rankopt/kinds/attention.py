@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from rankopt.kinds.kind import Kind
 from torch import Tensor, nn
 
 from rankopt.attention_styles import STYLES, Shape, Style, packed, shape_of, style_of, unpacked
 from rankopt.errors import InputError
-from rankopt.kinds.kind import Kind
 from rankopt.layer_spec import Call, LayerSpec
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

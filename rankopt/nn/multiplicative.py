@@ -85,7 +85,7 @@ def ntf_step(x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> State:
     a = a * _ratio(_against(last, b), a @ (gram_b * gram_c))
     gram_a = a.transpose(-2, -1) @ a
     b = b * _ratio(_against(last.transpose(-2, -1), a), b @ (gram_a * gram_c))
-    i, j, k = x.shape[-3:]
+    _i, j, k = x.shape[-3:]
     first = (a.transpose(-2, -1) @ x.flatten(-2)).unflatten(-1, (j, k))  # (..., r, J, K)
     c = c * _ratio(_against(first.transpose(-2, -1), b), c @ (gram_a * (b.transpose(-2, -1) @ b)))
     return a, b, c

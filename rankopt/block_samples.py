@@ -21,7 +21,7 @@ from rankopt.divergence import pick
 class BlockSample:
     """One call with a piece of a batch: what was given, what came back, and gradients (draws, *output) of it.
 
-    `draws` is 0 where no gradients were taken.
+    `draws` is 0 where no gradients were taken. `at`: the dimension of the output that counts the samples.
     """
 
     args: tuple[Any, ...]
@@ -29,13 +29,15 @@ class BlockSample:
     output: Tensor
     gradient: Tensor
     samples: int
+    at: int = 0
 
 
 @dataclass(frozen=True)
 class BlockSamples:
-    """Calls of one layer."""
+    """Calls of one layer, and the dense layer itself (None where no call was gathered)."""
 
     calls: Sequence[BlockSample] = ()
+    module: nn.Module | None = None
 
     def __len__(self) -> int:
         return sum(call.samples * len(call.gradient) for call in self.calls)
@@ -49,6 +51,7 @@ class BlockSamples:
         for call in self.calls:
             with torch.no_grad():
                 change = (pick(module(*call.args, **call.kwargs)) - call.output).float()
-            product = (call.gradient.float() * change).reshape(len(call.gradient), call.samples, -1)
+            product = (call.gradient.float() * change).movedim(call.at + 1, 1)
+            product = product.reshape(len(call.gradient), call.samples, -1)
             total += float(product.sum(2).square().sum())
         return total / (2 * max(len(self), 1))

@@ -279,7 +279,9 @@ def _group(
         full = [factors.full(layer, name) for layer in layers]
         keeps = space.keeps if way.sliceable or space.solved_keeps is None else space.solved_keeps
         for quantity in [q for q in way.saves if getattr(first, q)] or ["params"]:
-            for ranks in split(way, first, full, keeps, space.rank_multiple, quantity).values():
+            own = way.offered(first, keeps, space.rank_multiple, quantity)
+            best = split(way, first, full, keeps, space.rank_multiple, quantity).values() if own is None else own
+            for ranks in best:
                 choice = LayerChoice(name, ranks)
                 if choice not in choices and _pays(first, choice) and _within(first, choice, space.cap):
                     choices.append(choice)

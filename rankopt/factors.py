@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ _POLISHED = 8 * 2**20  # weight entries above which nothing is polished: it take
 class Factors:
     """The factor cache. Call it with a layer and a choice to get stage weights (what `surgery.apply` takes).
 
-    `samples` holds calls of the layers whose methods are distilled (`Decomposition.needs_recovery`).
+    `samples` holds calls of the layers that are more than a weight: methods take their own statistics out of them
+    (`Metric.calls`), or are distilled on them (`Decomposition.needs_recovery`).
 
     Args:
         model: the dense model.
@@ -59,7 +61,7 @@ class Factors:
             return [t for _, t in sorted(self._spool.get(key).items())]
         weights = way.stage_weights(layer, self.full(layer, choice.method), choice.ranks)
         if way.needs_recovery and layer.name in self.samples:
-            weights = way.distil(layer, weights, self._modules[layer.name], self.samples[layer.name])
+            weights = way.distil(layer, choice.ranks, weights, self._modules[layer.name], self.samples[layer.name])
         elif self.polish and math.prod(layer.weight_shape) <= _POLISHED and (metric := self.metric(layer.name)).known:
             weights = way.polish(layer, weights, self.weight(layer).to(weights[0].dtype), metric)
         if not way.sliceable:
@@ -76,7 +78,8 @@ class Factors:
         old = self._modules[layer.name]
         sample = next(old.parameters())
         weights = [w.to(sample.device, sample.dtype) for w in self(layer, choice)]
-        return method(choice.method).build(layer, weights, kind_named(layer).bias(old)).eval()
+        kind = kind_named(layer)
+        return kind.placed(old, method(choice.method).build_at(layer, choice.ranks, weights, kind.bias(old))).eval()
 
     def metric(self, name: str) -> Metric:
         """The layer's metric as it is used: without gradients unless they are asked for."""
@@ -94,7 +97,8 @@ class Factors:
         """The prepared factorization that serves all ranks."""
         key = f"{layer.name}|{name}"
         if key not in self._spool:
-            factors = method(name).factorize(layer, self.weight(layer), self.metric(layer.name))
+            metric = replace(self.metric(layer.name), calls=self.samples.get(layer.name))
+            factors = method(name).factorize(layer, self.weight(layer), metric)
             self._spool.put(key, {name: _own(tensor) for name, tensor in factors.items()})
         return self._spool.get(key)
 

@@ -304,28 +304,42 @@ class BlockGatherer(Gatherer):
     def __init__(self, layer: LayerSpec, options: CalibrationOptions, samples: int) -> None:
         super().__init__(layer, options, samples)
         self.samples: list[BlockSample] = []
+        self.kind = kind_named(layer)
+        self.module: nn.Module = nn.Identity()
+
+    def taps(self, modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+        """The layer."""
+        self.module = modules[self.layer.name]
+        return super().taps(modules)
 
     def look(self, role: str, x: Tensor) -> None:
         """Nothing is summed."""
 
     def keep(self, role: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
         """Everything that was given, and the output."""
-        own = lambda t: t.detach().clone()  # noqa: E731
-        return mapped(args, own), mapped(dict(kwargs), own), pick(output).detach().clone()
+        copies: dict[int, Tensor] = {}  # one of each, since attention asks whether query and key are one tensor
+
+        def own(tensor: Tensor) -> Tensor:
+            return copies.setdefault(id(tensor), tensor.detach().clone())
+
+        args, kwargs = self.kind.repeated(self.module, args, kwargs)
+        return mapped(args, own), mapped(kwargs, own), pick(output).detach().clone()
 
     def take(self, calls: list[Seen], samples: int) -> None:
         """Whole calls, while they fit."""
         for call in calls:
             args, kwargs, output = call.kept
             gradient = torch.stack(call.gradients)
-            size = sum(t.numel() * t.element_size() for t in (*tensors(args), *tensors(kwargs), output, gradient))
+            held = {id(t): t for t in (*tensors(args), *tensors(kwargs), output, gradient)}.values()
+            size = sum(t.numel() * t.element_size() for t in held)
             if not self.held or self.held + size <= self.options.layer_bytes:
                 self.held += size
-                self.samples.append(BlockSample(args, kwargs, output, gradient, samples))
+                at = self.kind.samples_at(self.module)
+                self.samples.append(BlockSample(args, kwargs, output, gradient, samples, at))
 
     def finish(self) -> LayerStatistics:
         """No metric."""
-        return LayerStatistics(Metric(), BlockSamples(tuple(self.samples)))
+        return LayerStatistics(Metric(), BlockSamples(tuple(self.samples), self.module))
 
 
 def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

@@ -19,13 +19,15 @@ from rankopt.errors import LayerError
 class Call:
     """One call of a layer on the example input: `batch` independent items, spatial sizes in and out (() for Linear).
 
-    `macs` are those of this call where they do not follow from the weight's shape; 0 where a table is looked up.
+    `macs` are those of this call where they do not follow from the weight's shape; 0 where a table is looked up. `note`
+    is what methods for this kind of layer must know of the call.
     """
 
     batch: int
     in_size: tuple[int, ...]
     out_size: tuple[int, ...]
     macs: int | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)

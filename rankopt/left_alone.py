@@ -18,6 +18,12 @@ def left_alone(names: Mapping[nn.Module, list[str]]) -> dict[nn.Module, str]:
         names: every module of the model with all the names it goes by.
     """
     reasons = _sharing(names)
+    for module in names:
+        kind = kind_of(module)
+        if kind is not None and module not in reasons:
+            inner = next((reasons[part] for part in list(module.modules())[1:] if part in reasons), None)
+            if inner is not None:
+                reasons[module] = f"a layer within it {inner}"
     for table, heads in tied_heads(names).items():
         if any(kind.unfit(head) for head in heads if (kind := kind_of(head))):
             continue

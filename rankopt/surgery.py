@@ -88,7 +88,8 @@ def structure(model: nn.Module, plan: Plan) -> nn.Module:
     for layer, choice in changes:
         sample = next(modules[layer.name].parameters())
         built = method(choice.method).skeleton(layer, choice.ranks, sample.dtype, sample.device)
-        new |= _with_heads(layer, choice, modules, built)
+        placed = kind_named(layer).placed(modules[layer.name], built)
+        new |= _with_heads(layer, choice, modules, placed)
     return _copy(model, new)
 
 
@@ -183,7 +184,9 @@ def _built(
     own = [w.detach().to(sample.device, sample.dtype) for w in weights]  # `build` copies them, and the bias
     if not all(bool(torch.isfinite(w).all()) for w in own):
         raise RefusedDecomposition(f"{layer.name}: {choice} has values that {layer.dtype} can't hold")
-    return _with_heads(layer, choice, modules, decomposition.build(layer, own, kind_named(layer).bias(old)))
+    kind = kind_named(layer)
+    built = kind.placed(old, decomposition.build_at(layer, choice.ranks, own, kind.bias(old)))
+    return _with_heads(layer, choice, modules, built)
 
 
 def _with_heads(

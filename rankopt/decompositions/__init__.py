@@ -5,6 +5,14 @@ from __future__ import annotations
 from functools import cache
 from importlib.metadata import entry_points
 
+from rankopt.decompositions.attention_low_rank import AttentionApart, AttentionFused, AttentionHeads
+from rankopt.decompositions.attention_mixers import (
+    AttentionNmf,
+    AttentionNtf,
+    AttentionNtfGrid,
+    AttentionNystrom,
+    AttentionPnmf,
+)
 from rankopt.decompositions.cp import Cp
 from rankopt.decompositions.decomposition import Decomposition
 from rankopt.decompositions.spatial_svd import SpatialSvd
@@ -15,7 +23,11 @@ from rankopt.decompositions.tucker import Tucker
 from rankopt.decompositions.tucker2 import Tucker2
 from rankopt.errors import LayerError
 
-_OWN: tuple[type[Decomposition], ...] = (Svd, SvdIn, SpatialSvd, Tucker2, Tucker, Cp, TensorTrain, TensorRing)
+_OWN: tuple[type[Decomposition], ...] = (
+    Svd, SvdIn, SpatialSvd, Tucker2, Tucker, Cp, TensorTrain, TensorRing,
+    AttentionHeads, AttentionApart, AttentionFused,
+    AttentionNystrom, AttentionNmf, AttentionPnmf, AttentionNtf, AttentionNtfGrid,
+)  # fmt: skip
 
 
 @cache

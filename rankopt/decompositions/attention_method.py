@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankopt.attention_moments import Moments, moments_of, no_moments
-from rankopt.attention_styles import Projections, Shape, shape_of, unpacked
+from rankopt.attention_styles import STYLES, Projections, Shape, shape_of, unpacked
 from rankopt.decompositions.decomposition import Decomposition, Factors, Ranks, wide
 from rankopt.decompositions.metric import Metric
 from rankopt.layer_spec import LayerSpec
@@ -100,8 +100,11 @@ class AttentionMethod(Decomposition):
         """In the second moments of the data where calls of the layer were gathered."""
         shape = shape_of(layer)
         dense = unpacked(shape, weight)
-        moments = no_moments(shape) if metric.calls is None else moments_of(dense, shape, metric.calls)
-        return self.prepare(shape, dense, moments)
+        if metric.calls is None:
+            return self.prepare(shape, dense, no_moments(shape))
+        style = STYLES[layer.fact("style")]
+        calls = [style.seen(metric.calls.module, call.args, call.kwargs) for call in metric.calls]
+        return self.prepare(shape, dense, moments_of(dense, shape, calls))
 
     def stage_weights(self, layer: LayerSpec, factors: Factors, ranks: Mapping[str, int]) -> list[Tensor]:
         """See `tensors_of`."""
@@ -111,7 +114,11 @@ class AttentionMethod(Decomposition):
         """Those of the core's parameters."""
         return [tuple(p.shape) for p in self.core(shape_of(layer), ranks, device="meta").parameters()]
 
-    def build(
+    def build(self, layer: LayerSpec, weights: Sequence[Tensor], bias: Tensor | None) -> nn.Module:
+        """See `build_at`; only where the tensors tell the ranks."""
+        return self.build_at(layer, self.ranks_of(layer, weights), weights, bias)
+
+    def build_at(
         self, layer: LayerSpec, ranks: Mapping[str, int], weights: Sequence[Tensor], bias: Tensor | None
     ) -> nn.Module:
         """The core; `SelfAttention.placed` makes it callable as the layer was."""

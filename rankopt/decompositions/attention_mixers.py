@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +25,8 @@ from rankopt.layer_spec import LayerSpec
 from rankopt.nn.factor_mixing import NmfMixing, NtfMixing, PnmfMixing, macs_of_nmf, macs_of_ntf, macs_of_pnmf
 from rankopt.nn.nystrom import Nystrom, macs_of_nystrom
 
-_STEPS = 6  # the most iterations that are offered; Geng et al. train with 6
+_STEPS = 6  # the most iterations; Geng et al. train with 6
+_OFFERED = (1, 3, 6)
 
 
 class Mixer(AttentionMethod):
@@ -67,6 +69,27 @@ class Mixer(AttentionMethod):
                 generator = torch.Generator().manual_seed(0)
                 block.start.copy_(torch.randn(block.start.shape, generator=generator))
         return [p.detach() for p in block.parameters()]
+
+    def offered(
+        self, layer: LayerSpec, keeps: Sequence[float], multiple: int, quantity: str
+    ) -> list[dict[str, int]] | None:
+        """For every share and every number of steps the most components, since nothing is known before training."""
+        shape, bounds = shape_of(layer), self.rank_bounds(layer)
+        fixed = self.fixed_of(shape, min(call.in_size[0] for call in layer.calls))
+        main = self.rank_names(layer)[0]
+        levels = (
+            np.arange(multiple, bounds[main] + 1, multiple) if bounds[main] >= multiple else np.array([bounds[main]])
+        )
+        found: dict[tuple[int, ...], dict[str, int]] = {}
+        for steps in _OFFERED if "steps" in bounds else (0,):
+            others = fixed | ({"steps": steps} if steps else {})
+            costs = getattr(self, quantity)(layer, {main: levels} | others)
+            for keep in keeps:
+                fitting = levels[costs <= keep * getattr(layer, quantity)]
+                if len(fitting):
+                    ranks = {main: int(fitting[-1])} | others
+                    found[tuple(ranks.values())] = ranks
+        return list(found.values())
 
     def distil(
         self, layer: LayerSpec, ranks: Mapping[str, int], weights: Sequence[Tensor], dense: nn.Module, samples: Any

@@ -96,6 +96,25 @@ class Decomposition(ABC):
     def build(self, layer: LayerSpec, weights: Sequence[Tensor], bias: Tensor | None) -> nn.Module:
         """The module that holds copies of these tensors."""
 
+    def build_at(
+        self, layer: LayerSpec, ranks: Mapping[str, int], weights: Sequence[Tensor], bias: Tensor | None
+    ) -> nn.Module:
+        """`build` for methods some of whose ranks leave no trace in the tensors: iterations, landmarks."""
+        return self.build(layer, weights, bias)
+
+    def offered(
+        self, layer: LayerSpec, keeps: Sequence[float], multiple: int, quantity: str
+    ) -> list[dict[str, int]] | None:
+        """The ranks that a search is offered, where that is not for every share those that lose least (None).
+
+        Args:
+            layer: the layer.
+            keeps: shares of the dense layer's cost.
+            multiple: ranks are multiples of this.
+            quantity: the cost that shares are of, macs or params.
+        """
+        return None
+
     @abstractmethod
     def ranks_of(self, layer: LayerSpec, weights: Sequence[Tensor]) -> dict[str, int]:
         """Read the ranks off stage weights."""
@@ -119,11 +138,14 @@ class Decomposition(ABC):
         """The output head that shares the tensors of a built embedding; raises `LayerError` where there is no such."""
         raise LayerError(f"{layer.name}: {self.name} can't be shared with the output head {', '.join(layer.tied)}")
 
-    def distil(self, layer: LayerSpec, weights: Sequence[Tensor], dense: nn.Module, samples: Any) -> list[Tensor]:
+    def distil(
+        self, layer: LayerSpec, ranks: Mapping[str, int], weights: Sequence[Tensor], dense: nn.Module, samples: Any
+    ) -> list[Tensor]:
         """Train the tensors to do what the dense layer did (only where `needs_recovery`).
 
         Args:
             layer: the layer.
+            ranks: of the tensors.
             weights: where it begins, from `stage_weights`.
             dense: the dense layer itself.
             samples: `block_samples.BlockSamples`, calls of it with outputs.
@@ -138,7 +160,7 @@ class Decomposition(ABC):
         """The built module with weights not yet filled in (used to load saved weights without decomposing)."""
         weights = [torch.empty(s, dtype=dtype, device=device) for s in self.stage_shapes(layer, ranks)]
         bias = torch.empty(layer.out_channels, dtype=dtype, device=device) if layer.bias else None
-        return self.build(layer, weights, bias)
+        return self.build_at(layer, ranks, weights, bias)
 
     def check(self, layer: LayerSpec, ranks: Mapping[str, int]) -> None:
         """Raise `LayerError` unless the method fits the layer and the ranks are complete and within bounds."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class Metric:
         gradient: (groups, out, out), second moment of the loss's gradient at the output.
         turned: (groups, out, out), second moment of what an output head that holds the same weight is given, since it
             reads the weight from this side.
+        calls: `block_samples.BlockSamples` of a layer that is more than a weight (attention, capsules).
     """
 
     patch: Tensor | None = None
@@ -33,6 +35,7 @@ class Metric:
     gradient: Tensor | None = None
     diagonal: Tensor | None = None
     turned: Tensor | None = None
+    calls: Any = None
 
     @property
     def side(self) -> Tensor | None:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from rankopt.kinds.kind import Kind
 from torch import Tensor, nn
 
 from rankopt.attention_styles import STYLES, Shape, Style, packed, shape_of, style_of, unpacked
 from rankopt.errors import InputError
+from rankopt.kinds.kind import Kind
 from rankopt.layer_spec import Call, LayerSpec
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -83,6 +83,16 @@ class SelfAttention(Kind):
         """The entries of the block's own state dict."""
         found = STYLES[layer.fact("style")].state(unpacked(shape_of(layer), weight))
         return {name: value for name, value in found.items() if value is not None}
+
+    def repeated(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Without the cache of earlier tokens, which a call adds to."""
+        return args, {name: value for name, value in kwargs.items() if name not in ("cache", "past_key_values")}
+
+    def samples_at(self, module: nn.Module) -> int:
+        """PyTorch's own has tokens first unless it is told otherwise."""
+        return 0 if getattr(module, "batch_first", True) else 1
 
     def placed(self, old: nn.Module, built: nn.Module) -> nn.Module:
         """The core, called as the old module is."""

@@ -79,6 +79,20 @@ class Kind(ABC):
         """The module, itself or within, whose input and output statistics are taken of."""
         return module
 
+    def repeated(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What of a call is kept so that it can be made again."""
+        return args, dict(kwargs)
+
+    def samples_at(self, module: nn.Module) -> int:
+        """The dimension of its output in which samples follow each other."""
+        return 0
+
+    def placed(self, old: nn.Module, built: nn.Module) -> nn.Module:
+        """What a method built, made callable as the old module is, where that takes more than one input."""
+        return built
+
     @abstractmethod
     def dense(self, layer: LayerSpec, call: Call) -> nn.Module:
         """A module of this kind and these sizes, its values of no meaning (for latency tables)."""

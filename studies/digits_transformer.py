@@ -1,8 +1,8 @@
-"""Handwritten digits (scikit-learn's 8×8 images) by a small image transformer, trained in about a minute on first use.
+"""Handwritten digits (scikit-learn's 8×8 images) by a small image transformer, trained in half a minute on first use.
 
-Every 2×2 pixels are a token, so the tokens are the points of a 4×4 grid; there is no class token, the mean of all tokens
-is classified. The splits are those of ``digits.py``: 1,000 images train the network (400 of them calibrate), 400 validate,
-397 test.
+Every 2×2 pixels are a token, so the tokens are the points of a 4×4 grid; there is no class token, the mean of all
+tokens is classified. The splits are those of ``digits.py``: 1,000 images train the network (400 of them calibrate), 400
+validate, 397 test.
 """
 
 from __future__ import annotations

@@ -260,7 +260,7 @@ def test_given_modes_are_used_and_kept() -> None:
         ({"rank_1": 2, "in_1": 3}, "needs all of in_1, in_2, out_1, out_2"),
         (
             {"rank_1": 2, "in_1": 3, "in_2": 7, "out_1": 5, "out_2": 6},
-            "at least 24 and less than twice that, got 3 × 7",
+            "at least 24 and less than .* got 3 × 7",
         ),
         ({"rank_1": 2, "in_1": 3, "in_2": 99, "out_1": 5, "out_2": 6}, "got 3 × 99"),
         ({"rank_1": 99, "in_1": 3, "in_2": 8, "out_1": 5, "out_2": 6}, "1 <= rank_1 <= 15"),

@@ -27,6 +27,7 @@ _INPUTS, _OUTPUTS = "abcd", "ABCD"
 _ENERGY = 10.0
 _REGULARISATION = (1e-3, 1e-2, 1e-1)
 _SWEEPS = 40
+_BUDGET = 1e10  # multiply-accumulates of a run: about a second on one thread
 _MOST = 512  # terms
 
 
@@ -88,9 +89,10 @@ class CpMatrix(TensorizedDecomposition):
 
 def _solved(unit: Tensor, rank: int, strength: float) -> list[Tensor] | None:
     """Factors with columns of equal norms, None where they are not sound."""
+    sweeps = int(min(_SWEEPS, max(3, _BUDGET / (2 * rank * unit.numel() * unit.dim()))))
     with tensorly() as tl:
         start = tl.decomposition.parafac(
-            unit, rank, n_iter_max=_SWEEPS, init="svd" if rank <= min(unit.shape) else "random", random_state=0,
+            unit, rank, n_iter_max=sweeps, init="svd" if rank <= min(unit.shape) else "random", random_state=0,
             l2_reg=strength / rank ** (2 / 3), tol=1e-6,
         )  # fmt: skip
     factors = [f * (start.weights if n == 0 else 1.0) for n, f in enumerate(start.factors)]

@@ -261,7 +261,7 @@ def descended(
         most: steps.
     """
     steps = int(min(most, _BUDGET / max(cost, 1)))
-    own = [t.detach().double().clone().requires_grad_() for t in tensors]
+    own = [t.detach().double().clone(memory_format=torch.contiguous_format).requires_grad_() for t in tensors]
     before = float(error([t.double() for t in tensors]))
     if steps < 2 or not math.isfinite(before) or before <= 0:
         return list(tensors)

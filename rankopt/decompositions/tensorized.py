@@ -274,7 +274,7 @@ def descended(
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     found = [o.detach().to(t.dtype) for o, t in zip(own, tensors, strict=True)]
     finite = all(bool(torch.isfinite(t).all()) for t in found)
     return found if finite and float(error([t.double() for t in found])) < before else list(tensors)

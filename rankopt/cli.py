@@ -93,7 +93,7 @@ def layers(study: Study, as_json: Json = False) -> None:
         return
     console = console_for()
     console.print(layers_table(rows))
-    params = sum(layer.params for layer in found)
+    params = sum(layer.params for layer in apart(found))
     left = [row for row in rows if row["left_alone"]]
     console.print(f"\n{len(rows)} layers, {compact(total)} MACs, {compact(params)} params; {len(left)} left alone")
     for row in left:

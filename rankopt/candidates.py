@@ -159,9 +159,10 @@ def factor_cache(
     statistics = Statistics(max_bytes // 4)
     samples: dict[str, GradientSamples | BlockSamples] = {}
     if use_statistics:
-        blocks = any(not kind_named(layer).linear for layer in _open(layers, spaces))
+        opened = outermost(_open(layers, spaces), spaces)
+        blocks = any(not kind_named(layer).linear for layer in opened)
         plain = options if blocks else replace(options, fisher_samples=0)
-        for chunk in _chunks([(layer,) for layer in _open(layers, spaces)], plain, max_bytes // 2):
+        for chunk in _chunks([(layer,) for layer in opened], plain, max_bytes // 2):
             gathered = calibrate(model, [layer for (layer,) in chunk], batches, divergence, plain)
             for name, found in gathered.items():
                 statistics.put(name, found.metric)
@@ -202,9 +203,13 @@ def _open(layers: Sequence[LayerSpec], spaces: Mapping[str, LayerSpace]) -> list
 
 
 def outermost(layers: Sequence[LayerSpec], spaces: Mapping[str, LayerSpace]) -> list[LayerSpec]:
-    """Without the parts of layers that the space offers something as a whole: one of both can be replaced, not both."""
+    """Without the parts of layers that the space offers something as a whole: one of both can be replaced, not both.
+
+    Layers that are more than a weight and are offered nothing are left out too: their calls would be gathered in vain.
+    """
     whole = [la for la in layers if any(method(name).why_not(la) is None for name in _offered(spaces[la.name]))]
-    return [la for la in layers if not any(inside(la, outer) for outer in whole)]
+    wanted = [la for la in layers if la in whole or kind_named(la).linear]
+    return [la for la in wanted if not any(inside(la, outer) for outer in whole)]
 
 
 def _offered(space: LayerSpace) -> list[str]:

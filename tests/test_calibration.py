@@ -30,7 +30,8 @@ def run(
     model: nn.Module, batches: Sequence[Batch], options: CalibrationOptions = ALL, names: Sequence[str] | None = None
 ) -> tuple[list[LayerSpec], dict[str, LayerStatistics]]:
     first = batches[0].take(slice(0, 1))
-    layers = [la for la in find_layers(model, first.args, first.kwargs) if la.skip is None]
+    found = find_layers(model, first.args, first.kwargs)
+    layers = [la for la in found if la.skip is None and la.kind != "attention"]  # its calls are gathered, no moments
     layers = [la for la in layers if names is None or la.name in names]
     with torch.no_grad():
         divergence = Divergence.of(model.eval()(*first.args, **first.kwargs))

@@ -148,8 +148,11 @@ def test_attention_children(training: bool) -> None:
     model.train(training)
     layers = find_layers(model, torch.zeros(2, 5, 8))
     names = [s.name for s in decomposable(layers)]
-    assert names == ["layers.0.linear1", "layers.0.linear2", "layers.1.linear1", "layers.1.linear2"]
-    assert all(s.macs == 2 * 5 * 8 * 16 for s in decomposable(layers))
+    assert names == [f"layers.{n}.{part}" for n in (0, 1) for part in ("self_attn", "linear1", "linear2")]
+    assert {s.kind: s.macs for s in decomposable(layers)} == {
+        "linear": 2 * 5 * 8 * 16,
+        "attention": 2 * (4 * 5 * 8 * 8 + 2 * 5 * 5 * 8),
+    }
     assert "nn.MultiheadAttention reads" in str(next(s for s in layers if s.name.endswith("out_proj")).skip)
     assert all(m.training == training for m in model.modules())
     assert torch.backends.mha.get_fastpath_enabled()

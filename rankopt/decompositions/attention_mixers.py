@@ -21,6 +21,7 @@ from rankopt.attention_styles import Projections, Shape, shape_of, style_of
 from rankopt.decompositions.attention_method import AttentionMethod, filled
 from rankopt.decompositions.decomposition import Factors, Ranks
 from rankopt.distill_block import DistillOptions, Example, distill
+from rankopt.errors import LayerError
 from rankopt.layer_spec import LayerSpec
 from rankopt.nn.factor_mixing import NmfMixing, NtfMixing, PnmfMixing, macs_of_nmf, macs_of_ntf, macs_of_pnmf
 from rankopt.nn.nystrom import Nystrom, macs_of_nystrom
@@ -41,6 +42,7 @@ class Mixer(AttentionMethod):
     pace: float = 1.0
     sliceable = False
     exact = False
+    linear = False
     needs_recovery = True
 
     def why_not_of(self, shape: Shape, masking: str, tokens: int) -> str | None:
@@ -261,6 +263,13 @@ class AttentionNtfGrid(AttentionNtf):
     def fixed_of(self, shape: Shape, tokens: int) -> dict[str, int]:
         """The side."""
         return {"side": math.isqrt(tokens)}
+
+    def check(self, layer: LayerSpec, ranks: Mapping[str, int]) -> None:
+        """The side must be that of the tokens, where they are known."""
+        super().check(layer, ranks)
+        for call in layer.calls:
+            if ranks["side"] ** 2 != call.in_size[0]:
+                raise LayerError(f"{layer.name}: {self.name} needs side² = {call.in_size[0]} tokens, got {dict(ranks)}")
 
     def params_of(self, shape: Shape, ranks: Ranks) -> Any:
         """See `AttentionMethod`."""

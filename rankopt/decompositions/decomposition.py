@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rankopt.decompositions.metric import Metric
 from rankopt.errors import LayerError
+from rankopt.kinds import kind_named
 from rankopt.layer_spec import LayerSpec
 
 # Whole numbers, or integer arrays when many ranks are costed at once.
@@ -181,7 +182,9 @@ class Decomposition(ABC):
 
 
 def one_channel(layer: LayerSpec) -> str | None:
-    """Why a method that splits channels does not fit, where a group has a single one."""
+    """Why a method that splits channels does not fit: a group has a single one, or the layer is more than a weight."""
+    if not kind_named(layer).linear:
+        return "the layer is more than one weight"
     _, o, i, *_ = layer.group_shape
     if o == 1 or i == 1:
         side = "input" if i == 1 else "output"

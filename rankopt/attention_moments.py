@@ -81,8 +81,9 @@ def moments_of(dense: Projections, shape: Shape, calls: Sequence[Seen]) -> Momen
 
 def attended_values(dense: Projections, shape: Shape, call: Seen) -> Tensor:
     """(batch, tokens, width): the values of all heads, averaged by the attention weights."""
+    x = call.x.to(dense.q.dtype)
     heads = [
-        (call.x @ w.mT + (0 if b is None else b)).unflatten(-1, (shape.heads, -1)).transpose(1, 2)
+        (x @ w.mT + (0 if b is None else b)).unflatten(-1, (shape.heads, -1)).transpose(1, 2)
         for w, b in ((dense.q, dense.bq), (dense.k, dense.bk), (dense.v, dense.bv))
     ]
     q, k, v = heads

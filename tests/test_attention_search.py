@@ -217,7 +217,7 @@ def test_blocks_of_transformers_at_full_rank(kind: str) -> None:
 
 
 def test_candidates_are_distilled_and_refusals_said() -> None:
-    space = load_space({"methods": list(CUT), "keep": [0.4, 0.7], "rules": [{"match": "kind:linear", "dense": True}]})
+    space = load_space({"methods": list(CUT), "keep": [0.4, 0.9], "rules": [{"match": "kind:linear", "dense": True}]})
     x = torch.randn(48, 9, 3)
     for causal in (False, True):
         model = net(causal=causal)
@@ -245,9 +245,9 @@ def test_candidates_are_distilled_and_refusals_said() -> None:
 
 def test_a_search_with_recovery(tmp_path: Path) -> None:
     model, x = net(), torch.randn(60, 9, 3)
-    space = {"methods": ["svd"], "keep": [0.5, 0.8],
-             "rules": [{"match": "kind:attention", "methods": ["attention_heads", "attention_nystrom", "attention_pnmf"],
-                        "keep": [0.4, 0.7]}]}  # fmt: skip
+    offered = ["attention_heads", "attention_nystrom", "attention_pnmf"]
+    rule = {"match": "kind:attention", "methods": offered, "keep": [0.4, 0.7]}
+    space = {"methods": ["svd"], "keep": [0.5, 0.8], "rules": [rule]}
     result = rankopt.search(
         model, x[:1], calibration=x, limits=["macs<=70%"], trials=3, space=space, recovery={"steps": 4}
     )

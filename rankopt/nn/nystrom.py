@@ -34,10 +34,21 @@ class Nystrom(nn.Module):
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """(batch, tokens, in) → (batch, tokens, out); `keep` (batch, tokens) is False at padding."""
-        q, k, v = self.inward(x).unflatten(-1, (3, self.heads, -1)).movedim(-3, 0).transpose(-3, -2)
+        given = self.inward(x)
+        # The iteration for the inverse squares what it rounds, so half precision is too coarse for it.
+        if torch.is_autocast_enabled(given.device.type):
+            with torch.autocast(given.device.type, enabled=False):
+                mixed = self.mixed(given.float(), keep)
+            return self.outward(mixed)
+        half = given.dtype in (torch.float16, torch.bfloat16)
+        return self.outward(self.mixed(given.float() if half else given, keep).to(given.dtype))
+
+    def mixed(self, given: Tensor, keep: Tensor | None) -> Tensor:
+        """(batch, tokens, 3 · heads · size), what `inward` gives → (batch, tokens, heads · size)."""
+        q, k, v = given.unflatten(-1, (3, self.heads, -1)).movedim(-3, 0).transpose(-3, -2)
         q = q * self.scale
         few_q, few_k = (segment_means(t, self.landmarks, keep) for t in (q, k))
-        there = segments_there(x.shape[1], self.landmarks, keep)
+        there = segments_there(given.shape[1], self.landmarks, keep)
         by_token = _softmax(q @ few_k.transpose(-2, -1), there)
         among = _softmax(few_q @ few_k.transpose(-2, -1), there)
         if there is not None:
@@ -45,7 +56,7 @@ class Nystrom(nn.Module):
             among = among * both
         seen = _softmax(few_q @ k.transpose(-2, -1), keep) @ v
         mixed = by_token @ (pseudo_inverse(among) @ seen)
-        return self.outward(mixed.transpose(1, 2).flatten(2))
+        return mixed.transpose(1, 2).flatten(2)
 
     def extra_repr(self) -> str:
         """Shown by print."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankopt.attention_styles import Projections, Seen, Shape
+from rankopt.attention_parts import Projections, Seen, Shape
 from rankopt.nn.attention import masked
 
 _PULL = 1e-9

@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankopt.attention_moments import moments_of, no_moments
-from rankopt.attention_styles import Projections, Seen, Shape, packed, style_of, unpacked
+from rankopt.attention_parts import Projections, Seen, Shape, packed, unpacked
+from rankopt.attention_styles import style_of
 from rankopt.decompositions.attention_low_rank import AttentionApart, AttentionFused, AttentionHeads
 from rankopt.decompositions.attention_method import AttentionMethod, filled
 from rankopt.decompositions.attention_mixers import (

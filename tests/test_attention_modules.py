@@ -22,7 +22,8 @@ from rankopt.attention_moments import (
     solved_output,
     weighted_svd,
 )
-from rankopt.attention_styles import Projections, Seen, Shape, style_of
+from rankopt.attention_parts import Projections, Seen, Shape
+from rankopt.attention_styles import style_of
 from rankopt.errors import InputError
 from rankopt.nn.attention import Attention
 from rankopt.nn.attention_calls import TorchCall

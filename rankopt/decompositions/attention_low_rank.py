@@ -22,7 +22,7 @@ from rankopt.attention_moments import (
     solved_output,
     weighted_svd,
 )
-from rankopt.attention_styles import Projections, Shape, shape_of
+from rankopt.attention_parts import Projections, Shape, shape_of
 from rankopt.decompositions.attention_method import AttentionMethod
 from rankopt.decompositions.decomposition import Factors, Ranks
 from rankopt.decompositions.multilinear import tail

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankopt.attention_moments import Moments, moments_of, no_moments
-from rankopt.attention_styles import STYLES, Projections, Shape, shape_of, unpacked
+from rankopt.attention_parts import Projections, Shape, shape_of, unpacked
+from rankopt.attention_styles import STYLES
 from rankopt.decompositions.decomposition import Decomposition, Factors, Ranks, wide
 from rankopt.decompositions.metric import Metric
 from rankopt.layer_spec import LayerSpec

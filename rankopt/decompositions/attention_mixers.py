@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.attention_moments import Moments, outputs_of
-from rankopt.attention_styles import Projections, Shape, shape_of, style_of
+from rankopt.attention_parts import Projections, Shape, shape_of
+from rankopt.attention_styles import style_of
 from rankopt.decompositions.attention_method import AttentionMethod, filled
 from rankopt.decompositions.decomposition import Factors, Ranks
 from rankopt.distill_block import DistillOptions, Example, distill

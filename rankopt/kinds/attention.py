@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankopt.attention_styles import STYLES, Shape, Style, packed, shape_of, style_of, unpacked
+from rankopt.attention_parts import Shape, packed, shape_of, unpacked
+from rankopt.attention_styles import STYLES, Style, style_of
 from rankopt.errors import InputError
 from rankopt.kinds.kind import Kind
 from rankopt.layer_spec import Call, LayerSpec
@@ -72,7 +73,7 @@ class SelfAttention(Kind):
         return Call(batch, (tokens,), (tokens,), macs, seen.masking)
 
     def weight(self, layer: LayerSpec, module: nn.Module) -> Tensor:
-        """All projections and biases, see `attention_styles.packed`."""
+        """All projections and biases, see `attention_parts.packed`."""
         return packed(_style(module).read(module))
 
     def bias(self, module: nn.Module) -> Tensor | None:

@@ -48,6 +48,7 @@ class Factors:
     ) -> None:
         self._modules = dict(model.named_modules())
         self._metrics = metrics if callable(metrics) else (metrics or {}).get
+        self._informed = metrics is not None  # otherwise factorized from weights alone
         self._spool = Spool(max_bytes)
         self.polish = polish
         self.gradient = gradient
@@ -97,7 +98,8 @@ class Factors:
         """The prepared factorization that serves all ranks."""
         key = f"{layer.name}|{name}"
         if key not in self._spool:
-            metric = replace(self.metric(layer.name), calls=self.samples.get(layer.name))
+            calls = self.samples.get(layer.name) if self._informed else None
+            metric = replace(self.metric(layer.name), calls=calls)
             factors = method(name).factorize(layer, self.weight(layer), metric)
             self._spool.put(key, {name: _own(tensor) for name, tensor in factors.items()})
         return self._spool.get(key)

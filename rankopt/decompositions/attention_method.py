@@ -101,7 +101,7 @@ class AttentionMethod(Decomposition):
         """In the second moments of the data where calls of the layer were gathered."""
         shape = shape_of(layer)
         dense = unpacked(shape, weight)
-        if metric.calls is None:
+        if metric.calls is None or not metric.calls.calls:
             return self.prepare(shape, dense, no_moments(shape))
         style = STYLES[layer.fact("style")]
         calls = [style.seen(metric.calls.module, call.args, call.kwargs) for call in metric.calls]

@@ -98,6 +98,8 @@ class Mixer(AttentionMethod):
         self, layer: LayerSpec, ranks: Mapping[str, int], weights: Sequence[Tensor], dense: nn.Module, samples: Any
     ) -> list[Tensor]:
         """Train the core on the gathered calls, in float32; see `distill_block`."""
+        if not samples.calls:
+            return list(weights)
         shape = shape_of(layer)
         block = filled(self.core(shape, ranks), weights)
         style = style_of(dense)

@@ -36,6 +36,7 @@ QUALITY = ("kl", "accuracy", "accuracy_se")
 PLAN, VALUES, EXCESS, NOTES, REASON = "plan", "measurements", "violations", "notes", "reason"
 PROPOSAL = "proposal"  # how a plan came about: strategy, and the sampler's numbers
 PLAN_DIGEST = "inherited plan"  # of a plan of another study that could not be measured here
+INTERRUPTED = "interrupted"  # the reason of trials whose process ended before they did
 
 _MOST_LAYERS = 64
 
@@ -136,6 +137,34 @@ def begin(study: optuna.Study, space: SearchSpace, plan: Plan, proposal: Mapping
     )
     number = study._storage.create_new_trial(study._study_id, template_trial=template)
     return optuna.Trial(study, number)
+
+
+def finish(
+    study: optuna.Study,
+    trial: int,
+    state: TrialState,
+    attributes: Mapping[str, Any],
+    constraints: Mapping[str, float] | None = None,
+    values: Sequence[float] | None = None,
+) -> None:
+    """Write down all that became of a running trial (by its id in the storage), its state last.
+
+    So a process that is killed meanwhile leaves a running trial, never a finished one that lacks something. Raises
+    Optuna's `UpdateFinishedTrialError` when the trial was ended by someone else.
+    """
+    storage = study._storage
+    for key, value in attributes.items():
+        storage.set_trial_user_attr(trial, key, value)
+    if constraints:
+        running = optuna.Trial(study, trial)
+        for limit, by in constraints.items():
+            running.set_constraint(limit, by)
+    storage.set_trial_state_values(trial, state, values)
+
+
+def counts(trial: FrozenTrial) -> bool:
+    """Whether it is one of the trials that a study is to have: finished, and not interrupted."""
+    return trial.state.is_finished() and trial.user_attrs.get(REASON) != INTERRUPTED
 
 
 def layer_parameters(space: SearchSpace, plan: Plan) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:

@@ -1,0 +1,345 @@
+"""`Loop`: ask and tell. Which plan is measured next, and what becomes of what was measured.
+
+Any number of trials may have been asked for and not been told yet, here and by other drivers of the same study. Their
+plans are not proposed again, and they count. A trial whose process died is failed as interrupted, and its plan is run
+again in a new one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, TrialState
+
+from rankopt.errors import RankoptError
+from rankopt.evaluate import Evaluation
+from rankopt.ledger import (
+    EXCESS,
+    FACTS,
+    INTERRUPTED,
+    NOTES,
+    PLAN,
+    PLAN_DIGEST,
+    PROPOSAL,
+    REASON,
+    VALUES,
+    begin,
+    counts,
+    entries_of,
+    finish,
+    gathered,
+    known_entries,
+)
+from rankopt.limits import Limit
+from rankopt.plan import Plan
+from rankopt.result import MAXIMIZED, Entry, Progress
+from rankopt.sampling import Told
+from rankopt.strategies import strategy
+from rankopt.strategies.strategy import Exhausted, Proposal, Setting, Standing
+from rankopt.worth import told_values, volume, worth
+
+_MAX_FAILURES = 8
+_MOST_RETRIES = 2
+_OTHER_TRIES = 8  # proposals after one whose plan is being measured
+_FAR = "not measured on the device: another plan is better in everything"
+
+
+class Evaluate(Protocol):
+    """What measures a plan (see `Evaluator`)."""
+
+    def __call__(
+        self,
+        plan: Plan,
+        limits: Sequence[Limit],
+        worth: Callable[[Mapping[str, float]], bool] = ...,
+        known: Mapping[str, float] | None = None,
+    ) -> Evaluation:
+        """Measure."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A trial that was begun: its plan is to be measured, unless that is known already.
+
+    Attributes:
+        trial: in the study's storage, running.
+        proposal: its plan, and how it came about.
+        known: the trial that measured the same plan before.
+        died: why it had to be begun again, for every time.
+    """
+
+    trial: optuna.Trial
+    proposal: Proposal
+    known: Entry | None = None
+    died: tuple[str, ...] = ()
+
+
+class Loop:
+    """The two halves of a trial, `ask` and `tell`, and what a study knows in between. For one thread.
+
+    Args:
+        study, setting, by: as for `study.run`.
+
+    Attributes:
+        done: how many trials the study has that were not interrupted.
+        pending: trial → what was asked for here and not told yet.
+        measured: plan digest → entry, of all plans that were measured to the end.
+    """
+
+    def __init__(self, study: optuna.Study, setting: Setting, by: str = "auto") -> None:
+        self.study, self.setting, self.space = study, setting, setting.space
+        self.objectives = tuple(study.user_attrs[FACTS]["objectives"].split(", "))
+        self.pending: dict[int, Asked] = {}
+        self._again: list[Proposal] = []
+        self._sweep()
+        self.strategy = strategy(by)(setting)
+        frozen = [t for t in study.get_trials(deepcopy=False) if counts(t)]
+        known = known_entries(study, setting.limits)
+        self.measured = {e.plan.digest: e for e in known if None not in told_values(e.measurements, self.objectives)}
+        self._refused = {t.user_attrs[PLAN_DIGEST] for t in frozen if PLAN_DIGEST in t.user_attrs}
+        self.done = len(frozen)
+        self.strategy.recall([pair for t in frozen if (pair := self._past(t)) is not None])
+        self._failures: list[str] = []
+        self._exhausted = False
+        self._last: Entry | None = None
+        self._start = time.perf_counter()
+
+    # what an executor needs ------------------------------------------------------------------------------------------
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is under way and no trial will be asked for any more."""
+        return not self.pending and (self.done >= self.setting.trials or self._exhausted)
+
+    def ask(self) -> Asked | None:
+        """Begin the next trial; None when there is none to begin as things stand (see `finished`).
+
+        Raises:
+            RankoptError: too many trials failed in a row.
+        """
+        if len(self._failures) >= _MAX_FAILURES:
+            raise RankoptError(f"{len(self._failures)} trials failed in a row; the last: {self._failures[-1]}")
+        if self.asked >= self.setting.trials or self._exhausted:
+            return None
+        try:
+            proposal = self._next()
+        except Exhausted:
+            if self.asked == 0:
+                raise
+            self._exhausted = not self.pending  # what is under way may lead to others
+            return None
+        if proposal is None:
+            return None
+        trial = begin(self.study, self.space, proposal.plan, proposal.to_dict())
+        asked = Asked(trial, proposal, self.measured.get(proposal.plan.digest))
+        self.pending[trial.number] = asked
+        return asked
+
+    def limits_of(self, asked: Asked) -> Sequence[Limit]:
+        """What the plan is judged by while it is measured."""
+        return () if asked.proposal.probe else self.setting.limits
+
+    def worth(self, known: Mapping[str, float]) -> bool:
+        """Whether a plan of which this is known is worth measuring on a device, as things stand."""
+        return worth(known, list(self.measured.values()), self.objectives, self.setting.limits, self.setting.dense)
+
+    def recalled(self, asked: Asked) -> Evaluation | None:
+        """What an earlier trial of the study measured of the same plan."""
+        if asked.known is None:
+            return None
+        values = {k: v for k, v in asked.known.measurements.items() if v is not None}
+        return Evaluation(values, {}, None, dict(asked.known.notes))
+
+    def outcome(self, asked: Asked, evaluate: Evaluate) -> Evaluation | str:
+        """Measure the plan of a trial here and now, or say why it could not be."""
+        try:
+            return self.recalled(asked) or evaluate(asked.proposal.plan, self.limits_of(asked), self.worth)
+        except Exception as error:
+            return reason_of(error)
+
+    def tell(self, asked: Asked, outcome: Evaluation | str) -> None:
+        """Record what became of a trial, or why it failed, and let the strategy learn from it.
+
+        Measurements with NaN or infinity among the objectives are a failure. A trial that another driver has taken for
+        dead meanwhile stays so: its plan is run again elsewhere, and what comes here is dropped.
+        """
+        self._last = None
+        del self.pending[asked.trial.number]
+        if not isinstance(outcome, str):
+            values = told_values(outcome.measurements, self.objectives)
+            if any(v is not None and not np.isfinite(v) for v in values):
+                outcome = f"measured {dict(zip(self.objectives, values, strict=True))}"
+        try:
+            if isinstance(outcome, str):
+                self._fail(asked, outcome)
+            else:
+                self._record(asked, outcome)
+        except UpdateFinishedTrialError:
+            return
+
+    def retry(self, asked: Asked, why: str) -> Asked | None:
+        """Begin a trial again whose worker died; None when it died too often, and the trial is told as failed.
+
+        The trial stays the same, and running. `why` is one line.
+        """
+        asked = replace(asked, died=(*asked.died, why))
+        if len(asked.died) > _MOST_RETRIES:
+            self.tell(asked, f"its worker died {len(asked.died)} times: {why}")
+            return None
+        asked.trial.set_user_attr("died", list(asked.died))
+        self.pending[asked.trial.number] = asked
+        return asked
+
+    def interrupt(self) -> None:
+        """Mark everything that is under way here as interrupted; it is run again when the study goes on."""
+        for asked in list(self.pending.values()):
+            del self.pending[asked.trial.number]
+            finish(self.study, asked.trial._trial_id, TrialState.FAIL, {REASON: INTERRUPTED})
+
+    def wait(self) -> None:
+        """Let others go on for a moment."""
+        time.sleep(0.2)
+
+    # plans -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def asked(self) -> int:
+        """How many trials the study has, those under way included and interrupted ones not."""
+        return self.done + len(self.pending)
+
+    def _next(self) -> Proposal | None:
+        """The next plan that nobody measures; None where the strategy proposes such plans only."""
+        standing = Standing(self.asked, list(self.measured.values()), self._under_way())
+        if self._again and standing.pending:
+            return self._again.pop(0)
+        for proposal in self._proposals(standing):
+            if self._again:
+                # A study that was killed goes on as it would have: asked again, the strategy proposes the same.
+                wanted = self._again.pop(0)
+                if wanted.plan.digest != proposal.plan.digest:
+                    self._forget(proposal)
+                    return wanted
+            if proposal.plan.digest not in standing.pending:
+                return proposal
+            self._forget(proposal)
+        return None
+
+    def _proposals(self, standing: Standing) -> Iterator[Proposal]:
+        for further in range(_OTHER_TRIES):
+            try:
+                yield self.strategy.propose(replace(standing, number=standing.number + further))
+            except Exhausted:
+                if not self._again:
+                    raise
+                yield self._again[0]
+
+    def _forget(self, proposal: Proposal) -> None:
+        """Nothing becomes of a proposal."""
+        self.strategy.told(proposal, Told(proposal.numbers, None, {}, proposal.marks))
+
+    def _under_way(self) -> frozenset[str]:
+        return frozenset(a.proposal.plan.digest for a in self.pending.values())
+
+    # outcomes --------------------------------------------------------------------------------------------------------
+
+    def _fail(self, asked: Asked, why: str) -> None:
+        finish(self.study, asked.trial._trial_id, TrialState.FAIL, {REASON: why})
+        self.done += 1
+        self._failures.append(f"trial {asked.trial.number}: {why}")
+        self._forget(asked.proposal)
+
+    def _record(self, asked: Asked, found: Evaluation) -> None:
+        number, proposal = asked.trial.number, asked.proposal
+        values = told_values(found.measurements, self.objectives)
+        excess = self._excess(found.measurements)
+        known = [v for v in values if v is not None]
+        complete = len(known) == len(values)
+        attributes: dict[str, Any] = {VALUES: found.measurements, EXCESS: found.violations, NOTES: found.notes}
+        if asked.known is not None:
+            attributes["same_as"] = asked.known.trial
+        if not complete:
+            attributes[REASON] = f"stopped at the limit {found.stopped}" if found.stopped else _FAR
+        state = TrialState.COMPLETE if complete else TrialState.PRUNED
+        finish(self.study, asked.trial._trial_id, state, attributes, excess, known if complete else None)
+        self.done += 1
+        self._failures = []
+        if complete:
+            feasible = all(by <= 0 for by in excess.values())
+            self._last = Entry(number, proposal.plan, found.measurements, feasible, found.notes)
+            self.measured.setdefault(proposal.plan.digest, self._last)
+        self.strategy.told(proposal, Told(proposal.numbers, self._minimized(values), excess, proposal.marks))
+
+    # what others have done -------------------------------------------------------------------------------------------
+
+    def wants(self, plan: Plan) -> bool:
+        """Whether a plan of another study is still to be taken over."""
+        return self.asked < self.setting.trials and plan.digest not in (*self.measured, *self._refused)
+
+    def take(self, trial: FrozenTrial) -> None:
+        """Count a finished trial that was not asked for here, and learn from it."""
+        self.done += 1
+        if PLAN_DIGEST in trial.user_attrs:
+            self._refused.add(trial.user_attrs[PLAN_DIGEST])
+        for entry in entries_of([trial], self.setting.limits, self.setting.dense):
+            if None not in told_values(entry.measurements, self.objectives):
+                self.measured.setdefault(entry.plan.digest, entry)
+        if (pair := self._past(trial)) is not None:
+            self.strategy.told(*pair)
+
+    def _sweep(self) -> None:
+        """Trials that a killed process left running are failed, so that they repel no samples for ever."""
+        frozen = self.study.get_trials(deepcopy=False)
+        for trial in frozen:
+            if trial.state == TrialState.RUNNING:
+                finish(self.study, trial._trial_id, TrialState.FAIL, {REASON: INTERRUPTED})
+        cut_off = {p.plan.digest: p for t in frozen if not counts(t) and PLAN in t.user_attrs for p in [_proposal(t)]}
+        ended = {_proposal(t).plan.digest for t in frozen if cut_off and counts(t) and PLAN in t.user_attrs}
+        self._again = [proposal for digest, proposal in cut_off.items() if digest not in ended]
+
+    def _past(self, trial: FrozenTrial) -> tuple[Proposal, Told] | None:
+        """A trial of an earlier run as the strategy has to hear of it."""
+        if PLAN not in trial.user_attrs:
+            return None
+        proposal = _proposal(trial)
+        measured = trial.user_attrs.get(VALUES)
+        if measured is None or trial.state == TrialState.FAIL:
+            return proposal, Told(proposal.numbers, None, {}, proposal.marks)
+        values = self._minimized(told_values(measured, self.objectives))
+        return proposal, Told(proposal.numbers, values, self._excess(measured), proposal.marks)
+
+    def standing_at(self, text: str = "") -> Progress:
+        """What a watcher is told."""
+        seconds, trials = time.perf_counter() - self._start, self.setting.trials
+        if text:
+            return Progress(self.done, trials, seconds, text=text)
+        result = gathered(self.study, self.setting.limits, self.measured.values())
+        try:
+            best: Mapping[str, float | None] | None = result.best().measurements
+        except RankoptError:
+            best = None
+        return Progress(self.done, trials, seconds, best, volume(result), entry=self._last)
+
+    def _minimized(self, values: Sequence[float | None]) -> list[float | None]:
+        signs = [-1.0 if o in MAXIMIZED else 1.0 for o in self.objectives]
+        return [None if v is None else sign * v for sign, v in zip(signs, values, strict=True)]
+
+    def _excess(self, measured: Mapping[str, float]) -> dict[str, float]:
+        """How far beyond each limit; what was not measured is taken for kept by as much as it can be."""
+        return {str(li): min(li.violation(measured, self.setting.dense), 1e6) for li in self.setting.limits}
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return error.message if isinstance(error, RankoptError) else " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _proposal(trial: FrozenTrial) -> Proposal:
+    """How the plan of a trial came about."""
+    plan = Plan.from_dict(trial.user_attrs[PLAN], f"trial {trial.number}")
+    return Proposal.from_dict(plan, trial.user_attrs.get(PROPOSAL, {}))

@@ -20,7 +20,7 @@ def inherit(loop: Loop, old: Judged, evaluate: Evaluate) -> None:
         found = evaluate(old.plan, loop.setting.limits, lambda known: True, old.quality)
     except Exception as error:
         failed = {PLAN: old.plan.to_dict(), PLAN_DIGEST: old.plan.digest, REASON: reason_of(error)}
-        loop.take(_added(loop.study, optuna.trial.create_trial(state=TrialState.FAIL, user_attrs=failed)))
+        _add(loop, old, optuna.trial.create_trial(state=TrialState.FAIL, user_attrs=failed))
         return
     values = [v for v in told_values(found.measurements, loop.objectives) if v is not None]
     if len(values) < len(loop.objectives):
@@ -37,9 +37,13 @@ def inherit(loop: Loop, old: Judged, evaluate: Evaluate) -> None:
         "predicted_kl": loop.space.predicted(old.plan),
     }
     made = optuna.trial.create_trial(values=values, params=params, distributions=distributions, user_attrs=attributes)
-    loop.take(_added(loop.study, made))
+    _add(loop, old, made)
 
 
-def _added(study: optuna.Study, trial: FrozenTrial) -> FrozenTrial:
-    """A trial as it stands in the storage once it was written there."""
-    return study._storage.get_trial(study._storage.create_new_trial(study._study_id, template_trial=trial))
+def _add(loop: Loop, old: Judged, made: FrozenTrial) -> None:
+    """Write a finished trial, unless another driver was faster."""
+    with loop.trials.alone():
+        for trial in loop.trials.news():
+            loop.take(trial)
+        if loop.wants(old.plan):
+            loop.take(loop.trials.add(made))

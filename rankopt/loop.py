@@ -1,14 +1,14 @@
 """`Loop`: ask and tell. Which plan is measured next, and what becomes of what was measured.
 
 Any number of trials may have been asked for and not been told yet, here and by other drivers of the same study. Their
-plans are not proposed again, and they count. A trial whose process died is failed as interrupted, and its plan is run
-again in a new one.
+plans are not proposed again, and they count. What was interrupted is run again, before anything new.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -26,13 +26,9 @@ from rankopt.ledger import (
     NOTES,
     PLAN,
     PLAN_DIGEST,
-    PROPOSAL,
     REASON,
     VALUES,
-    begin,
-    counts,
     entries_of,
-    finish,
     gathered,
     known_entries,
 )
@@ -40,13 +36,16 @@ from rankopt.limits import Limit
 from rankopt.plan import Plan
 from rankopt.result import MAXIMIZED, Entry, Progress
 from rankopt.sampling import Told
+from rankopt.stopping import Gains, Stopping, spent
 from rankopt.strategies import strategy
 from rankopt.strategies.strategy import Exhausted, Proposal, Setting, Standing
+from rankopt.trials import Trials, proposal_of
 from rankopt.worth import told_values, volume, worth
 
 _MAX_FAILURES = 8
 _MOST_RETRIES = 2
 _OTHER_TRIES = 8  # proposals after one whose plan is being measured
+_POLL_S = 0.2
 _FAR = "not measured on the device: another plan is better in everything"
 
 
@@ -84,29 +83,43 @@ class Loop:
     """The two halves of a trial, `ask` and `tell`, and what a study knows in between. For one thread.
 
     Args:
-        study, setting, by: as for `study.run`.
+        study, setting, by, stopping: as for `study.run`.
 
     Attributes:
         done: how many trials the study has that were not interrupted.
         pending: trial → what was asked for here and not told yet.
         measured: plan digest → entry, of all plans that were measured to the end.
+        stopped: why no more trials are asked for though there are not all; else empty.
     """
 
-    def __init__(self, study: optuna.Study, setting: Setting, by: str = "auto") -> None:
-        self.study, self.setting, self.space = study, setting, setting.space
+    def __init__(
+        self,
+        study: optuna.Study,
+        setting: Setting,
+        by: str = "auto",
+        stopping: Stopping = Stopping(),  # noqa: B008
+    ) -> None:
+        self.study, self.setting, self.space, self.stopping = study, setting, setting.space, stopping
         self.objectives = tuple(study.user_attrs[FACTS]["objectives"].split(", "))
         self.pending: dict[int, Asked] = {}
-        self._again: list[Proposal] = []
-        self._sweep()
+        self.trials = Trials(study, setting.space, setting.seed)
         self.strategy = strategy(by)(setting)
-        frozen = [t for t in study.get_trials(deepcopy=False) if counts(t)]
+        with self.trials.alone():
+            past = self.trials.news()
         known = known_entries(study, setting.limits)
         self.measured = {e.plan.digest: e for e in known if None not in told_values(e.measurements, self.objectives)}
-        self._refused = {t.user_attrs[PLAN_DIGEST] for t in frozen if PLAN_DIGEST in t.user_attrs}
-        self.done = len(frozen)
-        self.strategy.recall([pair for t in frozen if (pair := self._past(t)) is not None])
+        self._refused = {t.user_attrs[PLAN_DIGEST] for t in past if PLAN_DIGEST in t.user_attrs}
+        self.done = len(past)
+        self.strategy.recall([pair for t in past if (pair := self._past(t)) is not None])
+        self._gains = Gains(gathered(study, setting.limits, []))
+        if stopping.patience is not None:
+            entries = {e.trial: e for e in known}
+            for trial in past:
+                self._gains.add(entries.get(trial.number))
+        self._spent = 0.0 if stopping.time_limit is None else spent(study.get_trials(deepcopy=False))
         self._failures: list[str] = []
         self._exhausted = False
+        self.stopped = ""
         self._last: Entry | None = None
         self._start = time.perf_counter()
 
@@ -114,8 +127,8 @@ class Loop:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is under way and no trial will be asked for any more."""
-        return not self.pending and (self.done >= self.setting.trials or self._exhausted)
+        """Whether nothing is under way here and no trial will be asked for any more."""
+        return not self.pending and (self.done >= self.setting.trials or self._exhausted or bool(self.stopped))
 
     def ask(self) -> Asked | None:
         """Begin the next trial; None when there is none to begin as things stand (see `finished`).
@@ -125,18 +138,23 @@ class Loop:
         """
         if len(self._failures) >= _MAX_FAILURES:
             raise RankoptError(f"{len(self._failures)} trials failed in a row; the last: {self._failures[-1]}")
-        if self.asked >= self.setting.trials or self._exhausted:
-            return None
-        try:
-            proposal = self._next()
-        except Exhausted:
-            if self.asked == 0:
-                raise
-            self._exhausted = not self.pending  # what is under way may lead to others
-            return None
-        if proposal is None:
-            return None
-        trial = begin(self.study, self.space, proposal.plan, proposal.to_dict())
+        with self.trials.alone():
+            for trial in self.trials.news():
+                self.take(trial)
+            seconds = self._spent + time.perf_counter() - self._start
+            self.stopped = self.stopped or self.stopping.why(seconds, self._gains.without)
+            if self.asked >= self.setting.trials or self._exhausted or self.stopped:
+                return None
+            try:
+                proposal = self._next()
+            except Exhausted:
+                if self.asked == 0:
+                    raise
+                self._exhausted = not self.trials.under_way()  # what is under way may lead to others
+                return None
+            if proposal is None:
+                return None
+            trial = self.trials.begin(proposal)
         asked = Asked(trial, proposal, self.measured.get(proposal.plan.digest))
         self.pending[trial.number] = asked
         return asked
@@ -163,11 +181,16 @@ class Loop:
         except Exception as error:
             return reason_of(error)
 
-    def tell(self, asked: Asked, outcome: Evaluation | str) -> None:
+    def tell(self, asked: Asked, outcome: Evaluation | str, ran: Mapping[str, Any] | None = None) -> None:
         """Record what became of a trial, or why it failed, and let the strategy learn from it.
 
         Measurements with NaN or infinity among the objectives are a failure. A trial that another driver has taken for
         dead meanwhile stays so: its plan is run again elsewhere, and what comes here is dropped.
+
+        Args:
+            asked: from `ask`.
+            outcome: what was measured, or one line.
+            ran: further attributes of the trial, e.g. ``{"machine": ...}`` where it ran elsewhere (see `machine.here`).
         """
         self._last = None
         del self.pending[asked.trial.number]
@@ -175,13 +198,10 @@ class Loop:
             values = told_values(outcome.measurements, self.objectives)
             if any(v is not None and not np.isfinite(v) for v in values):
                 outcome = f"measured {dict(zip(self.objectives, values, strict=True))}"
-        try:
-            if isinstance(outcome, str):
-                self._fail(asked, outcome)
-            else:
-                self._record(asked, outcome)
-        except UpdateFinishedTrialError:
-            return
+        if isinstance(outcome, str):
+            self._fail(asked, outcome, ran or {})
+        else:
+            self._record(asked, outcome, ran or {})
 
     def retry(self, asked: Asked, why: str) -> Asked | None:
         """Begin a trial again whose worker died; None when it died too often, and the trial is told as failed.
@@ -192,7 +212,8 @@ class Loop:
         if len(asked.died) > _MOST_RETRIES:
             self.tell(asked, f"its worker died {len(asked.died)} times: {why}")
             return None
-        asked.trial.set_user_attr("died", list(asked.died))
+        with suppress(UpdateFinishedTrialError):  # another driver took it for dead; `tell` will see
+            asked.trial.set_user_attr("died", list(asked.died))
         self.pending[asked.trial.number] = asked
         return asked
 
@@ -200,79 +221,80 @@ class Loop:
         """Mark everything that is under way here as interrupted; it is run again when the study goes on."""
         for asked in list(self.pending.values()):
             del self.pending[asked.trial.number]
-            finish(self.study, asked.trial._trial_id, TrialState.FAIL, {REASON: INTERRUPTED})
+            self.trials.end(asked.trial, TrialState.FAIL, {REASON: INTERRUPTED})
 
     def wait(self) -> None:
-        """Let others go on for a moment."""
-        time.sleep(0.2)
+        """Let other drivers go on for a moment."""
+        time.sleep(_POLL_S)
+
+    def close(self) -> None:
+        """The end: what still runs here is run by nobody."""
+        self.trials.close()
 
     # plans -----------------------------------------------------------------------------------------------------------
 
     @property
     def asked(self) -> int:
         """How many trials the study has, those under way included and interrupted ones not."""
-        return self.done + len(self.pending)
+        return self.done + len(self.pending) + len(self.trials.others)
 
     def _next(self) -> Proposal | None:
-        """The next plan that nobody measures; None where the strategy proposes such plans only."""
-        standing = Standing(self.asked, list(self.measured.values()), self._under_way())
-        if self._again and standing.pending:
-            return self._again.pop(0)
-        for proposal in self._proposals(standing):
-            if self._again:
-                # A study that was killed goes on as it would have: asked again, the strategy proposes the same.
-                wanted = self._again.pop(0)
-                if wanted.plan.digest != proposal.plan.digest:
-                    self._forget(proposal)
-                    return wanted
+        """The next plan that nobody measures; None where the strategy proposes no other."""
+        standing = Standing(self.asked, list(self.measured.values()), self.trials.under_way())
+        again = self.trials.cut_off()
+        if again and standing.pending:
+            return again[0]
+        for further in range(_OTHER_TRIES):
+            try:
+                proposal = self.strategy.propose(replace(standing, number=standing.number + further))
+            except Exhausted:
+                if again:
+                    return again[0]
+                raise
+            if again and again[0].plan.digest != proposal.plan.digest:
+                self._forget(proposal)
+                return again[0]
+            # A study that was interrupted goes on as it would have: asked again, the strategy proposes the same.
             if proposal.plan.digest not in standing.pending:
                 return proposal
             self._forget(proposal)
         return None
 
-    def _proposals(self, standing: Standing) -> Iterator[Proposal]:
-        for further in range(_OTHER_TRIES):
-            try:
-                yield self.strategy.propose(replace(standing, number=standing.number + further))
-            except Exhausted:
-                if not self._again:
-                    raise
-                yield self._again[0]
-
     def _forget(self, proposal: Proposal) -> None:
         """Nothing becomes of a proposal."""
         self.strategy.told(proposal, Told(proposal.numbers, None, {}, proposal.marks))
 
-    def _under_way(self) -> frozenset[str]:
-        return frozenset(a.proposal.plan.digest for a in self.pending.values())
-
     # outcomes --------------------------------------------------------------------------------------------------------
 
-    def _fail(self, asked: Asked, why: str) -> None:
-        finish(self.study, asked.trial._trial_id, TrialState.FAIL, {REASON: why})
+    def _fail(self, asked: Asked, why: str, ran: Mapping[str, Any]) -> None:
+        if not self.trials.end(asked.trial, TrialState.FAIL, {**ran, REASON: why}):
+            return
         self.done += 1
+        self._gains.add(None)
         self._failures.append(f"trial {asked.trial.number}: {why}")
         self._forget(asked.proposal)
 
-    def _record(self, asked: Asked, found: Evaluation) -> None:
+    def _record(self, asked: Asked, found: Evaluation, ran: Mapping[str, Any]) -> None:
         number, proposal = asked.trial.number, asked.proposal
         values = told_values(found.measurements, self.objectives)
         excess = self._excess(found.measurements)
         known = [v for v in values if v is not None]
         complete = len(known) == len(values)
-        attributes: dict[str, Any] = {VALUES: found.measurements, EXCESS: found.violations, NOTES: found.notes}
+        attributes = {**ran, VALUES: found.measurements, EXCESS: found.violations, NOTES: found.notes}
         if asked.known is not None:
             attributes["same_as"] = asked.known.trial
         if not complete:
             attributes[REASON] = f"stopped at the limit {found.stopped}" if found.stopped else _FAR
         state = TrialState.COMPLETE if complete else TrialState.PRUNED
-        finish(self.study, asked.trial._trial_id, state, attributes, excess, known if complete else None)
+        if not self.trials.end(asked.trial, state, attributes, excess, known if complete else None):
+            return
         self.done += 1
         self._failures = []
         if complete:
             feasible = all(by <= 0 for by in excess.values())
             self._last = Entry(number, proposal.plan, found.measurements, feasible, found.notes)
             self.measured.setdefault(proposal.plan.digest, self._last)
+        self._gains.add(self._last)
         self.strategy.told(proposal, Told(proposal.numbers, self._minimized(values), excess, proposal.marks))
 
     # what others have done -------------------------------------------------------------------------------------------
@@ -286,27 +308,19 @@ class Loop:
         self.done += 1
         if PLAN_DIGEST in trial.user_attrs:
             self._refused.add(trial.user_attrs[PLAN_DIGEST])
-        for entry in entries_of([trial], self.setting.limits, self.setting.dense):
-            if None not in told_values(entry.measurements, self.objectives):
-                self.measured.setdefault(entry.plan.digest, entry)
+        entries = entries_of([trial], self.setting.limits, self.setting.dense)
+        entries = [e for e in entries if None not in told_values(e.measurements, self.objectives)]
+        for entry in entries:
+            self.measured.setdefault(entry.plan.digest, entry)
+        self._gains.add(entries[0] if entries else None)
         if (pair := self._past(trial)) is not None:
             self.strategy.told(*pair)
-
-    def _sweep(self) -> None:
-        """Trials that a killed process left running are failed, so that they repel no samples for ever."""
-        frozen = self.study.get_trials(deepcopy=False)
-        for trial in frozen:
-            if trial.state == TrialState.RUNNING:
-                finish(self.study, trial._trial_id, TrialState.FAIL, {REASON: INTERRUPTED})
-        cut_off = {p.plan.digest: p for t in frozen if not counts(t) and PLAN in t.user_attrs for p in [_proposal(t)]}
-        ended = {_proposal(t).plan.digest for t in frozen if cut_off and counts(t) and PLAN in t.user_attrs}
-        self._again = [proposal for digest, proposal in cut_off.items() if digest not in ended]
 
     def _past(self, trial: FrozenTrial) -> tuple[Proposal, Told] | None:
         """A trial of an earlier run as the strategy has to hear of it."""
         if PLAN not in trial.user_attrs:
             return None
-        proposal = _proposal(trial)
+        proposal = proposal_of(trial)
         measured = trial.user_attrs.get(VALUES)
         if measured is None or trial.state == TrialState.FAIL:
             return proposal, Told(proposal.numbers, None, {}, proposal.marks)
@@ -337,9 +351,3 @@ class Loop:
 def reason_of(error: BaseException) -> str:
     """What an error says, on one line."""
     return error.message if isinstance(error, RankoptError) else " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def _proposal(trial: FrozenTrial) -> Proposal:
-    """How the plan of a trial came about."""
-    plan = Plan.from_dict(trial.user_attrs[PLAN], f"trial {trial.number}")
-    return Proposal.from_dict(plan, trial.user_attrs.get(PROPOSAL, {}))

@@ -8,6 +8,8 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -25,6 +27,21 @@ def processor() -> str:
             if found.get(key):
                 return found[key]
     return platform.processor() or platform.machine()
+
+
+def here() -> dict[str, str]:
+    """This machine's name and processor."""
+    return {"host": platform.node(), "processor": processor()}
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of Python, and of the packages that what a trial measures depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("rankopt", "torch", "optuna"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def cpu_conditions() -> dict[str, str]:

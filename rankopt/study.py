@@ -6,14 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 import optuna
 
-from rankopt.errors import InfeasibleError
+from rankopt.errors import InfeasibleError, RankoptError
 from rankopt.executors.executor import Executor
 from rankopt.executors.local import Local
 from rankopt.inheriting import inherit
+from rankopt.interrupts import handled
 from rankopt.ledger import Judged, confirm, result_of, writable
 from rankopt.limits import Limit
 from rankopt.loop import Evaluate, Loop
 from rankopt.result import Entry, Progress
+from rankopt.stopping import Stopping
 from rankopt.strategies.strategy import Setting
 
 
@@ -26,8 +28,9 @@ def run(
     inherited: Sequence[Judged] = (),
     by: str = "auto",
     executor: Executor | None = None,
+    stopping: Stopping = Stopping(),  # noqa: B008  (frozen)
 ) -> None:
-    """Go on until the study has `setting.trials` trials that were not interrupted.
+    """Go on until the study has `setting.trials` trials that were not interrupted, or is to be stopped before.
 
     Args:
         study: from `ledger.open_study`.
@@ -38,24 +41,33 @@ def run(
         inherited: plans whose quality is known from another study; they come first, and only the rest is measured.
         by: the strategy that chooses plans; see `rankopt.strategies`.
         executor: what carries trials out (None: this process, one after the other).
+        stopping: what ends the study early.
 
     Raises:
         RankoptError: after 8 failures in a row, with the reasons.
         InputError: the storage can't be written.
     """
-    with writable(study.study_name):
-        loop = Loop(study, setting, by)
-        for old in inherited:
-            if loop.wants(old.plan):
-                progress(loop.standing_at("measuring plans of an earlier study"))
-                inherit(loop, old, evaluate)
-                learn()
+    with handled(), writable(study.study_name):
+        loop = Loop(study, setting, by, stopping)
 
         def told() -> None:
             learn()
             progress(loop.standing_at())
 
-        (executor or Local()).run(loop, evaluate, told)
+        try:
+            for old in inherited:
+                if loop.wants(old.plan):
+                    progress(loop.standing_at("measuring plans of an earlier study"))
+                    inherit(loop, old, evaluate)
+                    learn()
+            (executor or Local()).run(loop, evaluate, told)
+            if loop.stopped:
+                progress(loop.standing_at(loop.stopped))
+        except (KeyboardInterrupt, RankoptError):
+            loop.interrupt()
+            raise
+        finally:
+            loop.close()
 
 
 def confirm_best(study: optuna.Study, limits: Sequence[Limit], again: Callable[[Entry], Mapping[str, float]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -62,3 +63,16 @@ def volume(result: Result) -> float:
     reference = [_WORST_KL if o == "kl" else 0.0 if o in MAXIMIZED else 1.0 for o in result.objectives]
     points = [np.array(minimized(e.measurements, result.objectives)) / scale for e in result.front]
     return hypervolume(points, reference) if points else 0.0
+
+
+class Grown:
+    """The front of a growing number of plans, and its hypervolume."""
+
+    def __init__(self, result: Result) -> None:
+        self._result, self._front, self.volume = result, list[Entry](), 0.0
+
+    def add(self, entry: Entry) -> None:
+        """One more plan."""
+        grown = replace(self._result, entries=[*self._front, replace(entry, feasible=True)])
+        self._front = grown.front
+        self.volume = max(self.volume, volume(replace(grown, entries=self._front)))

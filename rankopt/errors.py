@@ -11,7 +11,8 @@
     │   ├── StudyMismatchError     a study opened again with something else than it was begun with
     │   ├── ConditionsError        times measured under different conditions would be mixed
     │   ├── DataError              batches, labels or outputs of the wrong form
-    │   └── ArtifactError          a directory that does not hold what it should
+    │   ├── ArtifactError          a directory that does not hold what it should
+    │   └── KilledError            a process of its own that measured something was killed; it may be tried again
     ├── InfeasibleError            no plan meets the limits; says what is reachable
     ├── RefusedDecomposition       this layer at this rank: the result would be bad (not an input error of the user's)
     ├── TrainingError              a fine-tuning that does not stay finite
@@ -66,6 +67,10 @@ class DataError(InputError):
 
 class ArtifactError(InputError):
     """A saved model directory that is incomplete, damaged or not what it says."""
+
+
+class KilledError(InputError):
+    """A process that measured something was killed, by the system for its memory or by somebody."""
 
 
 class InfeasibleError(RankoptError):

@@ -17,7 +17,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from rankopt.errors import RankoptError
+from rankopt.errors import KilledError, RankoptError
 from rankopt.evaluate import Evaluation
 from rankopt.ledger import (
     EXCESS,
@@ -34,13 +34,13 @@ from rankopt.ledger import (
 )
 from rankopt.limits import Limit
 from rankopt.plan import Plan
-from rankopt.result import MAXIMIZED, Entry, Progress
+from rankopt.result import Entry, Progress
 from rankopt.sampling import Told
 from rankopt.stopping import Gains, Stopping, spent
 from rankopt.strategies import strategy
 from rankopt.strategies.strategy import Exhausted, Proposal, Setting, Standing
 from rankopt.trials import Trials, proposal_of
-from rankopt.worth import told_values, volume, worth
+from rankopt.worth import excess_over, signed, told_values, volume, worth
 
 _MAX_FAILURES = 8
 _MOST_RETRIES = 2
@@ -175,9 +175,15 @@ class Loop:
         return Evaluation(values, {}, None, dict(asked.known.notes))
 
     def outcome(self, asked: Asked, evaluate: Evaluate) -> Evaluation | str:
-        """Measure the plan of a trial here and now, or say why it could not be."""
+        """Measure the plan of a trial here and now, or say why it could not be.
+
+        Raises:
+            KilledError: a process that measured was killed; see `retry`.
+        """
         try:
             return self.recalled(asked) or evaluate(asked.proposal.plan, self.limits_of(asked), self.worth)
+        except KilledError:
+            raise
         except Exception as error:
             return reason_of(error)
 
@@ -277,7 +283,7 @@ class Loop:
     def _record(self, asked: Asked, found: Evaluation, ran: Mapping[str, Any]) -> None:
         number, proposal = asked.trial.number, asked.proposal
         values = told_values(found.measurements, self.objectives)
-        excess = self._excess(found.measurements)
+        excess = excess_over(self.setting.limits, found.measurements, self.setting.dense)
         known = [v for v in values if v is not None]
         complete = len(known) == len(values)
         attributes = {**ran, VALUES: found.measurements, EXCESS: found.violations, NOTES: found.notes}
@@ -295,7 +301,7 @@ class Loop:
             self._last = Entry(number, proposal.plan, found.measurements, feasible, found.notes)
             self.measured.setdefault(proposal.plan.digest, self._last)
         self._gains.add(self._last)
-        self.strategy.told(proposal, Told(proposal.numbers, self._minimized(values), excess, proposal.marks))
+        self.strategy.told(proposal, Told(proposal.numbers, signed(values, self.objectives), excess, proposal.marks))
 
     # what others have done -------------------------------------------------------------------------------------------
 
@@ -324,8 +330,9 @@ class Loop:
         measured = trial.user_attrs.get(VALUES)
         if measured is None or trial.state == TrialState.FAIL:
             return proposal, Told(proposal.numbers, None, {}, proposal.marks)
-        values = self._minimized(told_values(measured, self.objectives))
-        return proposal, Told(proposal.numbers, values, self._excess(measured), proposal.marks)
+        values = signed(told_values(measured, self.objectives), self.objectives)
+        excess = excess_over(self.setting.limits, measured, self.setting.dense)
+        return proposal, Told(proposal.numbers, values, excess, proposal.marks)
 
     def standing_at(self, text: str = "") -> Progress:
         """What a watcher is told."""
@@ -338,14 +345,6 @@ class Loop:
         except RankoptError:
             best = None
         return Progress(self.done, trials, seconds, best, volume(result), entry=self._last)
-
-    def _minimized(self, values: Sequence[float | None]) -> list[float | None]:
-        signs = [-1.0 if o in MAXIMIZED else 1.0 for o in self.objectives]
-        return [None if v is None else sign * v for sign, v in zip(signs, values, strict=True)]
-
-    def _excess(self, measured: Mapping[str, float]) -> dict[str, float]:
-        """How far beyond each limit; what was not measured is taken for kept by as much as it can be."""
-        return {str(li): min(li.violation(measured, self.setting.dense), 1e6) for li in self.setting.limits}
 
 
 def reason_of(error: BaseException) -> str:

@@ -21,6 +21,17 @@ def told_values(values: Mapping[str, float | None], objectives: Sequence[str]) -
     return [values.get(key, values.get(_predicted(key))) for key in keys]
 
 
+def signed(values: Sequence[float | None], objectives: Sequence[str]) -> list[float | None]:
+    """The objectives' values, all to be minimized."""
+    signs = [-1.0 if o in MAXIMIZED else 1.0 for o in objectives]
+    return [None if v is None else sign * v for sign, v in zip(signs, values, strict=True)]
+
+
+def excess_over(limits: Sequence[Limit], measured: Mapping[str, float], dense: Mapping[str, float]) -> dict[str, float]:
+    """How far beyond each limit; what was not measured is taken for kept by as much as it can be."""
+    return {str(li): min(li.violation(measured, dense), 1e6) for li in limits}
+
+
 def _predicted(key: str) -> str:
     return key.replace("_ms", "_predicted_ms") if key.startswith("latency") else key
 

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from rankopt.loop import Evaluate, Loop
+from rankopt.errors import KilledError
+from rankopt.evaluate import Evaluation
+from rankopt.loop import Asked, Evaluate, Loop
 
 _AGAIN_S = 10.0  # after which a trial that swallowed the alarm is told again
 
@@ -36,13 +38,22 @@ class Local:
             if asked is None:
                 loop.wait()
                 continue
-            try:
-                with _at_most(self.trial_timeout):
-                    outcome = loop.outcome(asked, evaluate)
-            except _OutOfTime:
-                outcome = f"took longer than {self.trial_timeout:g} s, the time limit of a trial"
-            loop.tell(asked, outcome)
+            while asked is not None:
+                asked = self._carry_out(loop, asked, evaluate)
             told()
+
+    def _carry_out(self, loop: Loop, asked: Asked, evaluate: Evaluate) -> Asked | None:
+        """Measure and tell; what is given back is to be tried again."""
+        outcome: Evaluation | str
+        try:
+            with _at_most(self.trial_timeout):
+                outcome = loop.outcome(asked, evaluate)
+        except KilledError as error:
+            return loop.retry(asked, error.message)
+        except _OutOfTime:
+            outcome = f"took longer than {self.trial_timeout:g} s, the time limit of a trial"
+        loop.tell(asked, outcome)
+        return None
 
 
 class _OutOfTime(BaseException):

@@ -17,7 +17,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from rankopt.errors import KilledError, RankoptError
+from rankopt.errors import KilledError, RankoptError, reason_of
 from rankopt.evaluate import Evaluation
 from rankopt.ledger import (
     EXCESS,
@@ -154,9 +154,9 @@ class Loop:
                 return None
             if proposal is None:
                 return None
-            trial = self.trials.begin(proposal)
-        asked = Asked(trial, proposal, self.measured.get(proposal.plan.digest))
-        self.pending[trial.number] = asked
+            begun = self.trials.begin(proposal)
+        asked = Asked(begun, proposal, self.measured.get(proposal.plan.digest))
+        self.pending[begun.number] = asked
         return asked
 
     def limits_of(self, asked: Asked) -> Sequence[Limit]:
@@ -345,8 +345,3 @@ class Loop:
         except RankoptError:
             best = None
         return Progress(self.done, trials, seconds, best, volume(result), entry=self._last)
-
-
-def reason_of(error: BaseException) -> str:
-    """What an error says, on one line."""
-    return error.message if isinstance(error, RankoptError) else " ".join(f"{type(error).__name__}: {error}".split())

@@ -16,9 +16,9 @@ from rankopt.heartbeat import BEAT, WORKER, seems_alive
 from rankopt.ledger import INTERRUPTED, PLAN, REASON, WANTED, counts, read_study, result_of
 from rankopt.limits import Limit
 from rankopt.plan import Plan
-from rankopt.stopping import Gains, spent
 from rankopt.storages import writer_of
-from rankopt.worth import volume
+from rankopt.trials import spent
+from rankopt.worth import Gains, volume
 
 _RECENT = 20  # trials that the rate is taken over
 

@@ -12,7 +12,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from rankopt.durations import seconds_of
 from rankopt.plan import Plan
 from rankopt.result import Entry, Result
-from rankopt.stopping import Gains, Stopping, spent
+from rankopt.stopping import Stopping
+from rankopt.trials import spent
+from rankopt.worth import Gains
 
 START = datetime(2026, 3, 1, 12)
 

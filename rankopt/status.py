@@ -58,7 +58,7 @@ class Status:
         running: what is under way.
         interrupted: trials whose process ended before they did.
         again: how many interrupted plans are still to be run again.
-        seconds: in which at least one trial ran.
+        seconds: in which somebody was at work on trials.
         per_minute: trials, over the last of them (None: fewer than two).
         best: what the best plan within the limits measured, and its trial (None: none keeps them).
         hypervolume: of the front.

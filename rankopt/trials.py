@@ -15,7 +15,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from rankopt.heartbeat import BEAT, Heartbeat, Liveness
+from rankopt.heartbeat import BEAT, WORKER, Heartbeat, Liveness
 from rankopt.ledger import ENVIRONMENT, INTERRUPTED, KILLED, PLAN, PROPOSAL, REASON, begin, counts, finish, written
 from rankopt.machine import here
 from rankopt.plan import Plan
@@ -161,10 +161,16 @@ def _digest(trial: FrozenTrial) -> str:
 
 
 def spent(trials: Sequence[FrozenTrial]) -> float:
-    """Seconds in which at least one of these trials ran; one that was interrupted, until its time was renewed last."""
-    spans = sorted((t.datetime_start, _end(t)) for t in trials if t.datetime_start is not None)
+    """Seconds in which somebody was at work on these trials: a driver is from the beginning of its first one to the end
+    of its last one. One that was interrupted ran until its time was renewed last."""
+    spans: dict[Any, tuple[datetime, datetime]] = {}
+    for trial in trials:
+        if trial.datetime_start is not None:
+            driver = trial.user_attrs.get(WORKER, {}).get("id", trial.number)
+            start, end = spans.get(driver, (datetime.max, datetime.min))
+            spans[driver] = (min(start, trial.datetime_start), max(end, _end(trial)))
     total, until = 0.0, datetime.min
-    for start, end in spans:
+    for start, end in sorted(spans.values()):
         if end > until:
             total += (end - max(start, until)).total_seconds()
             until = end

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from rankopt import cli_recovery, cli_show, saved_verbs
+from rankopt import cli_recovery, cli_show, cli_status, saved_verbs
 from rankopt.cli_options import (
     Exports,
     Force,
@@ -51,6 +51,7 @@ def rankopt(
     \b
     rankopt layers STUDY             what can be decomposed, and what not and why
     rankopt search STUDY             search for the best plans (again: go on)
+    rankopt status STUDY             how far that is
     rankopt front  STUDY             the plans that no other one beats
     rankopt export STUDY --out DIR   write the best one within the limits
     rankopt bench  STUDY             measure it beside the dense model
@@ -114,6 +115,12 @@ def search(
     seed: Annotated[int | None, typer.Option(min=0, metavar="S", help="Replaces the seed of the study.")] = None,
     strategy: Annotated[str | None, typer.Option(metavar="NAME", help="How plans are chosen.")] = None,
     sampler: Annotated[str | None, typer.Option(metavar="NAME", help="Optuna's sampler.")] = None,
+    time_limit: Annotated[
+        str | None, typer.Option(metavar="TIME", help="End after so much time of trials in all, e.g. 90s, 20m or 2h.")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="End after N trials by which the front did not grow.")
+    ] = None,
     force: Force = False,
     exports: Exports = None,
     target: Targets = None,
@@ -138,7 +145,7 @@ def search(
     from rankopt.tables import front_row, front_table
 
     file, limits, targets = load_study(study), limits_of(limit), targets_of(target)
-    file = file.choosing(strategy, sampler)
+    file = file.choosing(strategy, sampler).ending(time_limit, patience)
     if exports and out is None:
         raise InputError("--export: needs --out DIR, where the files are written")
     check_exports(exports)
@@ -149,7 +156,12 @@ def search(
 
         url = storage_of(storage)
         run = Search.from_study(file, limits=limits, trials=trials, storage=url, seed=seed, targets=targets)
-        result = run.run(progress=progress)
+        try:
+            result = run.run(progress=progress)
+        except KeyboardInterrupt:
+            if not quiet:
+                print("rankopt: interrupted; what was measured is kept, the same command goes on", file=sys.stderr)
+            raise
         best = result.best(limits)
         saved, dense_test = save(run, best, out, force, exports) if out is not None else ({}, None)
     rows = [front_row(entry) for entry in result.front]
@@ -254,7 +266,7 @@ def bench(
 
 app.command()(saved_verbs.verify)
 app.command()(saved_verbs.diff)
-for verb in (cli_show.report, cli_show.plot, cli_show.trials):
+for verb in (cli_status.status, cli_show.report, cli_show.plot, cli_show.trials):
     app.command()(verb)
 app.command()(cli_recovery.recover)
 app.command()(cli_recovery.compress)

@@ -36,7 +36,7 @@ class Fit(Strategy):
             return Proposal(self.solved.at(standing.number), self.name)
         self.learn(standing)
         random = standing.random(self.setting.seed)
-        known = {e.plan.digest for e in standing.entries}
+        known = standing.known
         at_limit = standing.number % 2 == 1 or standing.number >= self.setting.trials - 2
         for attempt in range(_TRIES):
             drawn = self.model.corrections(None if attempt == 0 and standing.number % 4 == 0 else random)

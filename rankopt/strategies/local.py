@@ -33,7 +33,7 @@ class Local(Fit):
             return Proposal(self.solved.at(standing.number), self.name)
         self.learn(standing)
         random = standing.random(self.setting.seed)
-        known = {e.plan.digest for e in standing.entries}
+        known = standing.known
         for _ in range(_TRIES):
             plan = self.step(standing, random)
             if plan is not None and plan.digest not in known:

@@ -8,7 +8,7 @@ its weight while it is factorized and its candidates are judged.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -99,6 +99,7 @@ def candidates(
     gradient: bool = False,
     max_bytes: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    further: Mapping[str, Collection[LayerChoice]] | None = None,
 ) -> tuple[list[Group], Factors]:
     """Candidates of every layer that has any, and the factor cache that builds them.
 
@@ -115,6 +116,7 @@ def candidates(
         max_bytes: memory for what is gathered and kept here (None: `default_memory`): half of it for the statistics
             of a chunk, a quarter for metrics and a quarter for factors; what does not fit waits on disk.
         progress: called with a line of text now and then.
+        further: layer name → choices that are candidates too, where the space offers their method and they pay.
     """
     max_bytes = default_memory(model) if max_bytes is None else max_bytes
     groups = _grouped(_open(layers, spaces), tied)
@@ -132,7 +134,9 @@ def candidates(
                 metric = gathered[layer.name].metric
                 statistics.put(layer.name, metric if gradient else metric.without_gradient())
             progress(f"factorizing {group[0].name}")
-            found.append(_group(group, spaces[group[0].name], factors, [gathered.pop(la.name) for la in group]))
+            more = [choice for layer in group for choice in (further or {}).get(layer.name, ())]
+            own = [gathered.pop(layer.name) for layer in group]
+            found.append(_group(group, spaces[group[0].name], factors, own, more))
     return [g for g in found if any(choice != DENSE for choice in g.choices)], factors
 
 
@@ -239,7 +243,11 @@ def _need(layer: LayerSpec, options: CalibrationOptions) -> int:
 
 
 def _group(
-    layers: tuple[LayerSpec, ...], space: LayerSpace, factors: Factors, statistics: Sequence[LayerStatistics]
+    layers: tuple[LayerSpec, ...],
+    space: LayerSpace,
+    factors: Factors,
+    statistics: Sequence[LayerStatistics],
+    further: Sequence[LayerChoice],
 ) -> Group:
     """All candidates of layers that choose together; losses add over the layers."""
     first, refused = layers[0], dict[str, str]()
@@ -256,8 +264,8 @@ def _group(
             continue
         full = [factors.full(layer, name) for layer in layers]
         keeps = space.keeps if way.sliceable or space.solved_keeps is None else space.solved_keeps
-        for ranks in split(way, first, full, keeps, space.rank_multiple).values():
-            choice = LayerChoice(name, ranks)
+        offered = [LayerChoice(name, r) for r in split(way, first, full, keeps, space.rank_multiple).values()]
+        for choice in [*offered, *(c for c in further if c.method == name)]:
             if choice not in choices and _pays(first, choice) and _within(first, choice, space.cap):
                 choices.append(choice)
     changes, kept = _predict(layers, choices, factors, statistics, refused)

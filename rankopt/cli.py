@@ -21,7 +21,7 @@ from rankopt.cli_options import (
     Storage,
     Study,
     Targets,
-    limits_of,
+    asked,
     storage_of,
     targets_of,
 )
@@ -114,6 +114,10 @@ def search(
     seed: Annotated[int | None, typer.Option(min=0, metavar="S", help="Replaces the seed of the study.")] = None,
     strategy: Annotated[str | None, typer.Option(metavar="NAME", help="How plans are chosen.")] = None,
     sampler: Annotated[str | None, typer.Option(metavar="NAME", help="Optuna's sampler.")] = None,
+    start: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PLAN", help="Measure this plan first: its file, a saved model, or STUDY.yaml:TRIAL."),
+    ] = None,
     force: Force = False,
     exports: Exports = None,
     target: Targets = None,
@@ -133,12 +137,14 @@ def search(
     rankopt search studies/digits.yaml --out compressed --export onnx --json
     rankopt search studies/digits.yaml --target torch --limit 'latency<=0.6x'
     rankopt search studies/digits.yaml --strategy correct --sampler nsga2
+    rankopt search studies/digits.yaml --start plan.yaml --start other.yaml:12
     """
-    from rankopt.study_file import load_study
     from rankopt.tables import front_row, front_table
 
-    file, limits, targets = load_study(study), limits_of(limit), targets_of(target)
-    file = file.choosing(strategy, sampler)
+    given = asked(study, limit, storage, target)
+    limits, targets, url = given.limits, given.targets, given.storage
+    file = given.file.choosing(strategy, sampler).starting_with(start)
+    file.starting_plans()  # refused before anything is prepared
     if exports and out is None:
         raise InputError("--export: needs --out DIR, where the files are written")
     check_exports(exports)
@@ -147,7 +153,6 @@ def search(
     with watched(file, tensorboard, mlflow, log, quiet) as progress:
         from rankopt.search import Search  # last: what can be refused at once needs no torch
 
-        url = storage_of(storage)
         run = Search.from_study(file, limits=limits, trials=trials, storage=url, seed=seed, targets=targets)
         result = run.run(progress=progress)
         best = result.best(limits)
@@ -183,13 +188,9 @@ def front(
     rankopt front studies/digits.yaml
     rankopt front studies/digits.yaml --limit 'macs<=40%' --json
     """
-    from rankopt.ledger import read_result
-    from rankopt.study_file import load_study
     from rankopt.tables import front_row, front_table
 
-    file, limits = load_study(study), limits_of(limit)
-    name = file.study_on(targets_of(target))
-    result = read_result(storage_of(storage) or file.storage_url, name, limits=limits or file.limits)
+    result = asked(study, limit, storage, target).result()
     rows = [front_row(entry) for entry in result.front]
     if as_json:
         print_json(rows)

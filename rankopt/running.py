@@ -15,6 +15,8 @@ from rankopt.evbmf import estimated_share
 from rankopt.problem import learn
 from rankopt.result import Entry, Result
 from rankopt.sensitivity import Sensitivities, SensitivityOptions
+from rankopt.starting import joined
+from rankopt.strategies.started import START
 from rankopt.strategies.strategy import Setting
 
 if TYPE_CHECKING:
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 
 def run(search: Search) -> Result:
     """See `Search.run`."""
+    start = search.start  # a plan that does not fit is refused before there is a storage
     storage = ledger.open_storage(search.storage)
+    search.start = joined(start, ledger.proposed(storage, search.name, START))
     devices = search.devices
     devices.keep_pace(ledger.begun_with(storage, search.name))
     space = search.space
@@ -73,6 +77,7 @@ def setting_of(search: Search) -> Setting:
             SensitivityOptions(seed=search.seed),
         ),
         lambda group, method: estimated_share(group, method, factors),
+        search.start,
     )  # fmt: skip
 
 

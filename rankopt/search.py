@@ -39,6 +39,7 @@ from rankopt.saving import saved
 from rankopt.short_recovery import ShortRecovery
 from rankopt.space import SearchSpace
 from rankopt.space_file import Space, load_space, resolve, tied_groups
+from rankopt.starting import choices_of, starting_plans
 from rankopt.surgery import checked
 from rankopt.targets import read as read_target
 from rankopt.targets.target import Target
@@ -80,6 +81,7 @@ class Search:
         retargeted: take over the quality of all plans that another study in the storage measured with the same model,
             data and space; only latency is measured anew.
         recovery: a short training in every trial: steps, `RecoveryOptions` as a mapping, or a `ShortRecovery`.
+        start: plans that are measured first, by names for messages, or what returns them when the search begins.
     """
 
     def __init__(
@@ -117,9 +119,10 @@ class Search:
         cache: Path | bool | None = None,
         retargeted: bool = False,
         recovery: int | Mapping[str, Any] | ShortRecovery | None = None,
+        start: Mapping[str, Plan] | Callable[[], Mapping[str, Plan]] | None = None,
     ) -> None:
         self.model, self.source, self.allow = model, source, tuple(allow)
-        self.retargeted, self.recovery = retargeted, ShortRecovery.of(recovery)
+        self.retargeted, self.recovery, self._start = retargeted, ShortRecovery.of(recovery), start or {}
         self.example, self.example_kwargs = example_input, dict(example_kwargs or {})
         if threads is not None:
             torch.set_num_threads(threads)
@@ -127,8 +130,7 @@ class Search:
             if count(calibration) < 2:
                 raise DataError("calibration: needs at least 2 samples, of which some are held back to judge plans")
             calibration, validation = split(calibration, _HELD_BACK, seed)
-        self.targets = [read_target(t) if isinstance(t, str) else t for t in targets]
-        self.cache = cache
+        self.targets, self.cache = [read_target(t) if isinstance(t, str) else t for t in targets], cache
         self.calibration, self.validation, self.tests = list(calibration), list(validation), tests
         self.metric = None if metric == "kl" else metric
         labels = [t.called for t in self.targets]
@@ -197,6 +199,7 @@ class Search:
             cache=file.cache_folder,
             retargeted=file.study_on(targets) != file.name,
             recovery=file.short_recovery(),
+            start=file.starting_plans,
             source=source_of(spec, file.model.args),
         )
 
@@ -209,19 +212,23 @@ class Search:
             raise UncountedOperationError(f"MACs of the dense model: {error.message}") from None
 
     @cached_property
+    def start(self) -> list[Plan]:
+        """The plans that are measured first; raises `PlanError` for one that is another model's."""
+        given = self._start() if callable(self._start) else self._start
+        return starting_plans(given, self.model, self.layers, self.fingerprint)
+
+    @cached_property
     def _prepared(self) -> tuple[list[Group], Factors]:
+        tied = tied_groups(self.space_file, self.layers)
         return candidates(
-            self.model,
-            self.layers,
-            self.spaces,
-            tied_groups(self.space_file, self.layers),
-            self.calibration,
-            self.divergence,
-            options=self.options,
-            use_statistics=self.space_file.statistics,
-            max_bytes=self.memory,
-            progress=self.tell,
-        )
+            self.model, self.layers, self.spaces, tied, self.calibration, self.divergence, progress=self.tell,
+            further=choices_of(self.start), **self._gathering,
+        )  # fmt: skip
+
+    @property
+    def _gathering(self) -> dict[str, Any]:
+        statistics = self.space_file.statistics
+        return {"options": self.options, "use_statistics": statistics, "max_bytes": self.memory}
 
     @property
     def _factors(self) -> Factors:
@@ -229,14 +236,7 @@ class Search:
         if "_prepared" in self.__dict__:
             return self._prepared[1]
         return factor_cache(
-            self.model,
-            self.layers,
-            self.spaces,
-            self.calibration,
-            self.divergence,
-            options=self.options,
-            use_statistics=self.space_file.statistics,
-            max_bytes=self.memory,
+            self.model, self.layers, self.spaces, self.calibration, self.divergence, **self._gathering
         )
 
     @property

@@ -75,6 +75,8 @@ class SearchSpace:
         self.fingerprint, self.skipped = fingerprint, dict(skipped or {})
         self.totals, self.bounds = dict(totals), dict(limits)
         self._index = [{choice: n for n, choice in enumerate(g.choices)} for g in self.groups]
+        self._members = {layer.name for g in self.groups for layer in g.layers}
+        self._tied = [g for g in self.groups if len(g.layers) > 1]
         self._keeps = [g.macs / max(sum(la.macs for la in g.layers), 1) for g in self.groups]
         self.update(fixed, costs)
         self.stages = stages(self.groups)
@@ -199,8 +201,11 @@ class SearchSpace:
 
     def picks(self, plan: Plan) -> list[int] | None:
         """The index of every group's choice, or None for a plan that is not of this space."""
+        if any(name not in self._members for name in plan.changed()):
+            return None
         found = [index.get(plan[g.name]) for g, index in zip(self.groups, self._index, strict=True)]
-        return None if None in found else [i for i in found if i is not None]
+        together = all(plan[la.name] == plan[g.name] for g in self._tied for la in g.layers)
+        return [i for i in found if i is not None] if together and None not in found else None
 
     def _solve_near(self, losses: Sequence[Array], limits: Mapping[str, float], near: Near) -> Plan:
         """At most so many groups move, each by at most so many levels: further costs of the integer program."""

@@ -36,7 +36,7 @@ from rankopt.limits import Limit
 from rankopt.plan import Plan
 from rankopt.result import MAXIMIZED, Entry, Progress
 from rankopt.sampling import Told
-from rankopt.strategies import strategy
+from rankopt.strategies import strategy_for
 from rankopt.strategies.strategy import Exhausted, Proposal, Setting, Standing
 from rankopt.worth import told_values, volume, worth
 
@@ -115,7 +115,7 @@ class Loop:
         self.study, self.setting, self.space = study, setting, setting.space
         self.objectives = tuple(study.user_attrs[FACTS]["objectives"].split(", "))
         _sweep(study)
-        self.strategy = strategy(by)(setting)
+        self.strategy = strategy_for(by, setting)
         frozen = [t for t in study.get_trials(deepcopy=False) if _counts(t)]
         known = known_entries(study, setting.limits)
         self.measured = {e.plan.digest: e for e in known if None not in told_values(e.measurements, self.objectives)}

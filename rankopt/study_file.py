@@ -22,18 +22,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
+from rankopt import study_values
 from rankopt.callables import call, check_spec, load_callable
-from rankopt.errors import LimitError, StudyFileError
-from rankopt.limits import Limit, parse_limit
+from rankopt.errors import StudyFileError
+from rankopt.limits import Limit
+from rankopt.plan_sources import plans_named
 from rankopt.recovery_options import RecoveryOptions
 from rankopt.space_file import Space, load_space
-from rankopt.targets import names as target_names
-from rankopt.yaml_file import Strict, closest, parse, read_yaml, shown
+from rankopt.yaml_file import Strict, closest, parse, read_yaml
 
 if TYPE_CHECKING:
     from torch import nn
 
     from rankopt.batches import Batch
+    from rankopt.plan import Plan
     from rankopt.short_recovery import ShortRecovery
     from rankopt.targets.target import Target
 
@@ -45,60 +47,6 @@ STRATEGY_NAMES = (
 SAMPLER_NAMES = ("auto", "tpe", "nsga2", "nsga3", "gp", "cmaes", "qmc", "random")
 SPLITS = ("calibration", "validation", "test")
 TRAIN = "train"  # iterated by the training itself, anew in every epoch
-
-
-def _objective(value: Any) -> str:
-    name, _, label = str(value).partition("@")
-    known = ("accuracy", "kl", "macs", "params", "latency", "latency_p95", "memory")
-    if not isinstance(value, str) or name not in known or (label and not name.startswith("latency")):
-        raise ValueError(f"an objective is one of {', '.join(known)} (or latency@TARGET), got {shown(value)}")
-    return value
-
-
-def _one_of(names: Sequence[str]) -> Callable[[Any], str]:
-    """A text that is one of these names."""
-
-    def checked(value: Any) -> str:
-        if value not in names:
-            raise ValueError(f"must be one of {', '.join(names)}, got {shown(value)}{closest(str(value), names)}")
-        return value
-
-    return checked
-
-
-def _targets(value: Any) -> list[dict[str, Any]]:
-    """A name, a mapping with a name and options, or a list of them; ``none`` is none at all."""
-    listed = value if isinstance(value, list) else [] if value in (None, "none") else [value]
-    out = []
-    for one in listed:
-        spec = {"name": one} if isinstance(one, str) else one
-        if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
-            raise ValueError(f"a target is a name, or a mapping with name and its options, got {shown(one)}")
-        if spec["name"] not in target_names():
-            raise ValueError(f"{spec['name']!r} is not known{closest(spec['name'], target_names())}")
-        out.append(dict(spec))
-    return out
-
-
-def _short(key: str) -> BeforeValidator:
-    """Let a plain text stand for ``{key: text}``."""
-    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
-
-
-def _limit(value: Any) -> Limit:
-    if not isinstance(value, str):
-        raise LimitError(f"a limit is a text such as 'macs<=50%', got {value!r}")
-    return parse_limit(value)
-
-
-def _metric(value: Any) -> str:
-    return value if value in ("accuracy", "kl") else check_spec(value)
-
-
-def _name(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip() or len(value) > 100 or set(value) & set('/\\:*?"<>|\n'):
-        raise ValueError(f"a name is a short text without slashes, got {shown(value)}")
-    return value
 
 
 class CallSpec(Strict):
@@ -138,24 +86,25 @@ class OutputSpec(Strict):
 class StudyFile(Strict):
     """A study: what is compressed, on which data it is judged, and what it must keep."""
 
-    name: Annotated[str, BeforeValidator(_name)] = "study"
+    name: Annotated[str, BeforeValidator(study_values.name)] = "study"
     description: str = ""
-    model: Annotated[ModelSpec, _short("call")]
-    data: Annotated[CallSpec, _short("call")]
-    metric: Annotated[str, BeforeValidator(_metric)] = "accuracy"
+    model: Annotated[ModelSpec, study_values.short("call")]
+    data: Annotated[CallSpec, study_values.short("call")]
+    metric: Annotated[str, BeforeValidator(study_values.metric)] = "accuracy"
     example_input: Any = None
     calibration: SplitSpec = SplitSpec(samples=1024, batch=128)
     validation: SplitSpec = SplitSpec(batch=256)
     test: SplitSpec = SplitSpec(batch=256)
     space: Any = "default"
-    limits: list[Annotated[Limit, BeforeValidator(_limit)]] = Field(default_factory=list)
-    objectives: list[Annotated[str, BeforeValidator(_objective)]] = Field(default_factory=list, max_length=12)
-    target: Annotated[list[dict[str, Any]], BeforeValidator(_targets)] = Field(default_factory=list)
+    limits: list[Annotated[Limit, BeforeValidator(study_values.limit)]] = Field(default_factory=list)
+    objectives: list[Annotated[str, BeforeValidator(study_values.objective)]] = Field(default_factory=list, max_length=12)
+    target: Annotated[list[dict[str, Any]], BeforeValidator(study_values.targets)] = Field(default_factory=list)
     cache: str | None = Field(None, min_length=1)
     trials: int = Field(64, ge=1, le=1_000_000)
-    strategy: Annotated[str, BeforeValidator(_one_of(STRATEGY_NAMES))] = "auto"
-    sampler: Annotated[str, BeforeValidator(_one_of(SAMPLER_NAMES))] = "auto"
+    strategy: Annotated[str, BeforeValidator(study_values.one_of(STRATEGY_NAMES))] = "auto"
+    sampler: Annotated[str, BeforeValidator(study_values.one_of(SAMPLER_NAMES))] = "auto"
     seeds: int | None = Field(None, ge=0, le=10_000)
+    start: Annotated[list[str], BeforeValidator(study_values.texts)] = Field(default_factory=list)
     seed: int = Field(0, ge=0, lt=2**32)
     threads: int = Field(1, ge=1, le=1024)
     storage: str | None = Field(None, min_length=1)
@@ -242,6 +191,14 @@ class StudyFile(Strict):
     def with_weights(self, path: Path) -> StudyFile:
         """The same study of other weights."""
         return self.model_copy(update={"model": self.model.model_copy(update={"weights": str(path.resolve())})})
+
+    def starting_with(self, plans: Sequence[str] | None) -> StudyFile:
+        """The same study with other plans to begin with, where some are given (paths from the current folder)."""
+        return self if plans is None else self.model_copy(update={"start": [str(Path(p).expanduser().resolve()) for p in plans]})
+
+    def starting_plans(self) -> dict[str, Plan]:
+        """What ``start`` names: text → plan; raises `InputError`, one line, for one that can't be read."""
+        return plans_named(self.start, self.base_dir, load_study, f"{self._path}: start: ")
 
     def load_space(self) -> Space:
         """The search space that the study names or holds."""

@@ -235,9 +235,7 @@ class Search:
         """The factors; without a search there is no need for the candidates and their predicted losses."""
         if "_prepared" in self.__dict__:
             return self._prepared[1]
-        return factor_cache(
-            self.model, self.layers, self.spaces, self.calibration, self.divergence, **self._gathering
-        )
+        return factor_cache(self.model, self.layers, self.spaces, self.calibration, self.divergence, **self._gathering)
 
     @property
     def groups(self) -> list[Group]:

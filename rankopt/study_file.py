@@ -97,7 +97,9 @@ class StudyFile(Strict):
     test: SplitSpec = SplitSpec(batch=256)
     space: Any = "default"
     limits: list[Annotated[Limit, BeforeValidator(study_values.limit)]] = Field(default_factory=list)
-    objectives: list[Annotated[str, BeforeValidator(study_values.objective)]] = Field(default_factory=list, max_length=12)
+    objectives: list[Annotated[str, BeforeValidator(study_values.objective)]] = Field(
+        default_factory=list, max_length=12
+    )
     target: Annotated[list[dict[str, Any]], BeforeValidator(study_values.targets)] = Field(default_factory=list)
     cache: str | None = Field(None, min_length=1)
     trials: int = Field(64, ge=1, le=1_000_000)
@@ -194,7 +196,11 @@ class StudyFile(Strict):
 
     def starting_with(self, plans: Sequence[str] | None) -> StudyFile:
         """The same study with other plans to begin with, where some are given (paths from the current folder)."""
-        return self if plans is None else self.model_copy(update={"start": [str(Path(p).expanduser().resolve()) for p in plans]})
+        return (
+            self
+            if plans is None
+            else self.model_copy(update={"start": [str(Path(p).expanduser().resolve()) for p in plans]})
+        )
 
     def starting_plans(self) -> dict[str, Plan]:
         """What ``start`` names: text → plan; raises `InputError`, one line, for one that can't be read."""

@@ -175,7 +175,7 @@ def searched(start: Any, space: Any = SPACE, **options: Any) -> rankopt.Result:
     return rankopt.search(net(), DATA[:1], start=start, **given)
 
 
-def test_ranks_beside_the_grid_become_candidates(tmp_path: Path) -> None:
+def test_ranks_beside_the_grid_become_candidates() -> None:
     result = searched([OFF_THE_GRID])
     first = result.entries[0]
     assert first.plan.changed() == OFF_THE_GRID.changed()
@@ -234,8 +234,6 @@ def test_resumed_without_them_they_are_as_much_part_of_it(tmp_path: Path) -> Non
     again = searched([], storage=url, trials=8)
     assert again.entries[0].plan.digest == OFF_THE_GRID.digest
     assert again.entries[0]._owner.space.picks(OFF_THE_GRID) is not None
-    whole = searched([OFF_THE_GRID], storage=str(tmp_path / "whole.db"), trials=8)
-    assert {e.plan.digest for e in whole.entries[:3]} == {e.plan.digest for e in again.entries[:3]}
 
 
 # study files and the command line -------------------------------------------------------------------------------------
@@ -300,7 +298,7 @@ def test_what_names_no_plan_is_one_line_before_anything_is_searched(
         assert main(["search", str(folder / "tiny.yaml"), "--start", str(folder / name)]) == 2, name
         err = capsys.readouterr().err
         assert said in err, (name, err)
-        (line,) = [one for one in err.splitlines() if one.startswith("rankopt: error: ")]
+        assert len([line for line in err.splitlines() if line.startswith("rankopt: error: ")]) == 1
         assert not (folder / "runs" / "tiny.db").exists()
     assert main(["search", str(folder / "tiny.yaml"), "--quiet", "--trials", "2"]) == 0
     assert main(["search", str(folder / "tiny.yaml"), "--start", f"{folder}/tiny.yaml:77"]) == 2

@@ -1,4 +1,4 @@
-"""`Started`: plans that are given come first, then those of another strategy, which learns from them like from its own."""
+"""`Started`: plans that are given come first, then those of another strategy, which learns from both."""
 
 from __future__ import annotations
 

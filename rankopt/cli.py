@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from rankopt.cli_options import (
     Study,
     Targets,
     asked,
+    repeated,
     storage_of,
     targets_of,
 )
@@ -144,7 +146,7 @@ def search(
     given = asked(study, limit, storage, target)
     limits, targets, url = given.limits, given.targets, given.storage
     file = given.file.choosing(strategy, sampler).starting_with(start)
-    file.starting_plans()  # refused before anything is prepared
+    file.starting_plans("--start: " if start else None)  # refused before anything is prepared
     if exports and out is None:
         raise InputError("--export: needs --out DIR, where the files are written")
     check_exports(exports)
@@ -173,7 +175,8 @@ def search(
         console.print(note, soft_wrap=True)
     if out is None:
         name = f"trial {best.trial}" if best.plan.changed() else "the dense model, nothing within the limits beats it"
-        console.print(f"\nbest: {name}; write it with: rankopt export {study} --out DIR", soft_wrap=True)
+        again = shlex.join(["rankopt", "export", str(study), *repeated(storage, target, limit)])
+        console.print(f"\nbest: {name}; write it with: {again} --out DIR", soft_wrap=True)
     else:
         print_saved(console, best, out, saved, dense_test)
 

@@ -90,6 +90,14 @@ def asked(
     return Asked(load_study(study), limits_of(limit), targets_of(target), storage_of(storage))
 
 
+def repeated(storage: str | None, target: list[str] | None, limit: list[str] | None = None) -> list[str]:
+    """These options once more, for a command that is proposed."""
+    found = ["--storage", storage] if storage else []
+    for option, texts in (("--target", target), ("--limit", limit)):
+        found += [part for text in texts or [] for part in (option, text)]
+    return found
+
+
 def limits_of(texts: list[str] | None) -> list[Limit] | None:
     """What ``--limit`` says; raises `LimitError`."""
     from rankopt.limits import parse_limit

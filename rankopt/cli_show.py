@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from rankopt.cli_options import Asked, Json, Limits, Quiet, Storage, Study, Targets, asked
+from rankopt.cli_options import Asked, Json, Limits, Quiet, Storage, Study, Targets, asked, repeated
 from rankopt.errors import InputError, RankoptError
 from rankopt.handover import chosen, console_for, print_json
 
@@ -47,10 +47,7 @@ def report(
     costs = None if no_model else _costs(given, history, notes)
     if no_model:
         notes.append("The model was not built (--no-model), so layers are shown without their costs.")
-    options = [
-        *(["--storage", storage] if storage else []),
-        *(part for text in target or [] for part in ("--target", text)),
-    ]
+    options = repeated(storage, target)
     subject = Subject(str(study), given.file.name, given.file.description, costs, notes, options)
     write_report(history, subject, out)
     if not quiet:

@@ -202,9 +202,12 @@ class StudyFile(Strict):
             else self.model_copy(update={"start": [str(Path(p).expanduser().resolve()) for p in plans]})
         )
 
-    def starting_plans(self) -> dict[str, Plan]:
-        """What ``start`` names: text → plan; raises `InputError`, one line, for one that can't be read."""
-        return plans_named(self.start, self.base_dir, load_study, f"{self._path}: start: ")
+    def starting_plans(self, where: str | None = None) -> dict[str, Plan]:
+        """What ``start`` names: text → plan; raises `InputError`, one line, for one that can't be read.
+
+        `where` is what that begins with, in place of the file and the key.
+        """
+        return plans_named(self.start, self.base_dir, load_study, where or f"{self._path}: start: ")
 
     def load_space(self) -> Space:
         """The search space that the study names or holds."""

@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class Plan:
     def __getitem__(self, name: str) -> LayerChoice:
         return self.layers.get(name, DENSE)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Twelve hexadecimal digits that name the decisions (not the model)."""
         layers = {n: c for n, c in self.layers.items() if c.method != "dense"}

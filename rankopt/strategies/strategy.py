@@ -152,10 +152,13 @@ class Line:
     @classmethod
     def of(cls, space: SearchSpace, entries: Sequence[Entry]) -> Line:
         """Of those that are in the space and whose kl is known."""
-        found = [e for e in entries if e.measurements.get("kl") is not None and space.picks(e.plan) is not None]
-        costs = [float(space.shares(np.array(space.cost(e.plan) - space.fixed[space.quantity]))) for e in found]
-        kl = [float(e.measurements["kl"] or 0.0) for e in found]
-        return cls(found, np.array([*zip(kl, costs, strict=True)], float).reshape(-1, 2))
+        judged = [e for e in entries if e.measurements.get("kl") is not None]
+        pairs = [(e, picks) for e in judged if (picks := space.picks(e.plan)) is not None]
+        if not pairs:
+            return cls([], np.zeros((0, 2)))
+        found, picks = [e for e, _ in pairs], np.stack([p for _, p in pairs])
+        costs = space.shares(space.cost_of(picks) - space.fixed[space.quantity])
+        return cls(found, np.stack([[float(e.measurements["kl"] or 0.0) for e in found], costs], axis=1))
 
     def front(self) -> Line:
         """Those that no other one beats, from the most faithful on."""

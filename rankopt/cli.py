@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from rankopt import cli_recovery, cli_show, saved_verbs
+from rankopt import cli_recovery, cli_show, cli_status, saved_verbs
 from rankopt.cli_options import (
     Exports,
     Force,
@@ -53,6 +53,7 @@ def rankopt(
     \b
     rankopt layers STUDY             what can be decomposed, and what not and why
     rankopt search STUDY             search for the best plans (again: go on)
+    rankopt status STUDY             how far that is
     rankopt front  STUDY             the plans that no other one beats
     rankopt export STUDY --out DIR   write the best one within the limits
     rankopt bench  STUDY             measure it beside the dense model
@@ -120,6 +121,12 @@ def search(
         list[str] | None,
         typer.Option(metavar="PLAN", help="Measure this plan first: its file, a saved model, or STUDY.yaml:TRIAL."),
     ] = None,
+    time_limit: Annotated[
+        str | None, typer.Option(metavar="TIME", help="End after so much time of trials in all, e.g. 90s, 20m or 2h.")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="End after N trials by which the front did not grow.")
+    ] = None,
     force: Force = False,
     exports: Exports = None,
     target: Targets = None,
@@ -145,7 +152,7 @@ def search(
 
     given = asked(study, limit, storage, target)
     limits, targets, url = given.limits, given.targets, given.storage
-    file = given.file.choosing(strategy, sampler).starting_with(start)
+    file = given.file.choosing(strategy, sampler).ending(time_limit, patience).starting_with(start)
     file.starting_plans("--start: " if start else None)  # refused before anything is prepared
     if exports and out is None:
         raise InputError("--export: needs --out DIR, where the files are written")
@@ -258,7 +265,7 @@ def bench(
 
 app.command()(saved_verbs.verify)
 app.command()(saved_verbs.diff)
-for verb in (cli_show.report, cli_show.plot, cli_show.trials):
+for verb in (cli_status.status, cli_show.report, cli_show.plot, cli_show.trials):
     app.command()(verb)
 app.command()(cli_recovery.recover)
 app.command()(cli_recovery.compress)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -20,8 +20,8 @@ from optuna.trial import FrozenTrial, TrialState
 from rankopt.ledger import CONFIRMED, FACTS, NOTES, PLAN, REASON, VALUES, read_study, result_of
 from rankopt.limits import Limit
 from rankopt.plan import Plan
-from rankopt.result import MAXIMIZED, Entry, Result
-from rankopt.worth import volume
+from rankopt.result import MAXIMIZED, Result
+from rankopt.worth import Grown
 
 FRONT = "the front"
 FEWEST = 8  # finished trials below which importances are chance
@@ -93,25 +93,13 @@ class History:
         Both only grow. The last of the first kind is what a search shows while it runs; where no plan keeps the limits
         that is the last of the second kind.
         """
-        found, kept, all_of_them = [], _Grown(self.result), _Grown(self.result)
+        found, kept, all_of_them = [], Grown(self.result), Grown(self.result)
         for entry in sorted((e for e in self.result.entries if e.trial >= 0), key=lambda e: e.trial):
             if entry.feasible:
                 kept.add(entry)
             all_of_them.add(entry)
             found.append((entry.trial, kept.volume, all_of_them.volume))
         return found
-
-
-class _Grown:
-    """The front of a growing number of plans, and its hypervolume."""
-
-    def __init__(self, result: Result) -> None:
-        self._result, self._front, self.volume = result, list[Entry](), 0.0
-
-    def add(self, entry: Entry) -> None:
-        grown = replace(self._result, entries=[*self._front, replace(entry, feasible=True)])
-        self._front = grown.front
-        self.volume = max(self.volume, volume(replace(grown, entries=self._front)))
 
 
 def read_history(url: str, name: str, limits: Sequence[Limit] | None = None) -> History:

@@ -12,10 +12,13 @@ from rankopt import ledger, study
 from rankopt.batches import digest
 from rankopt.errors import InputError
 from rankopt.evbmf import estimated_share
+from rankopt.executors.local import Local
+from rankopt.plan import Plan
 from rankopt.problem import learn
 from rankopt.result import Entry, Result
 from rankopt.sensitivity import Sensitivities, SensitivityOptions
 from rankopt.starting import joined
+from rankopt.storages import only_writer, open_storage
 from rankopt.strategies.started import START
 from rankopt.strategies.strategy import Setting
 
@@ -26,7 +29,12 @@ if TYPE_CHECKING:
 def run(search: Search) -> Result:
     """See `Search.run`."""
     start = search.start  # a plan that does not fit is refused before there is a storage
-    storage = ledger.open_storage(search.storage)
+    with only_writer(search.storage, search.name):
+        return _run(search, start)
+
+
+def _run(search: Search, start: Sequence[Plan]) -> Result:
+    storage = open_storage(search.storage)
     search.start = joined(start, ledger.proposed(storage, search.name, START))
     devices = search.devices
     devices.keep_pace(ledger.begun_with(storage, search.name))
@@ -52,6 +60,8 @@ def run(search: Search) -> Result:
         learn=lambda: learn(space, devices),
         inherited=inherited,
         by=search.strategy,
+        executor=search.executor or Local(search.trial_timeout),
+        stopping=search.stopping,
     )
     if devices or search.evaluator.fast.bfloat16:
         study.confirm_best(opened, search.limits, lambda entry: _again(search, entry))

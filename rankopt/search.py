@@ -21,7 +21,6 @@ from rankopt.calibration import CalibrationOptions
 from rankopt.candidates import Group, candidates, default_memory, factor_cache
 from rankopt.cost import Cost
 from rankopt.cost import count as count_costs
-from rankopt.dense_source import source_of
 from rankopt.devices import Devices
 from rankopt.divergence import Divergence
 from rankopt.errors import DataError, InputError, PlanError, UncountedOperationError
@@ -40,11 +39,14 @@ from rankopt.short_recovery import ShortRecovery
 from rankopt.space import SearchSpace
 from rankopt.space_file import Space, load_space, resolve, tied_groups
 from rankopt.starting import choices_of, starting_plans
+from rankopt.stopping import Stopping
+from rankopt.study_arguments import arguments
 from rankopt.surgery import checked
 from rankopt.targets import read as read_target
 from rankopt.targets.target import Target
 
 if TYPE_CHECKING:
+    from rankopt.executors.executor import Executor
     from rankopt.study_file import StudyFile
 
 _HELD_BACK = 0.33
@@ -82,6 +84,9 @@ class Search:
             data and space; only latency is measured anew.
         recovery: a short training in every trial: steps, `RecoveryOptions` as a mapping, or a `ShortRecovery`.
         start: plans that are measured first, by names for messages, or what returns them when the search begins.
+        stopping: what ends the study before it has all its trials: a time limit, or trials without a gain.
+        trial_timeout: seconds after which a trial is given up (None: never); see `executors.local`.
+        executor: what carries trials out (None: this process, one after the other).
     """
 
     def __init__(
@@ -120,8 +125,12 @@ class Search:
         retargeted: bool = False,
         recovery: int | Mapping[str, Any] | ShortRecovery | None = None,
         start: Mapping[str, Plan] | Callable[[], Mapping[str, Plan]] | None = None,
+        stopping: Stopping | None = None,
+        trial_timeout: float | None = None,
+        executor: Executor | None = None,
     ) -> None:
         self.model, self.source, self.allow = model, source, tuple(allow)
+        self.stopping, self.trial_timeout, self.executor = stopping or Stopping(), trial_timeout, executor
         self.retargeted, self.recovery, self._start = retargeted, ShortRecovery.of(recovery), start or {}
         self.example, self.example_kwargs = example_input, dict(example_kwargs or {})
         if threads is not None:
@@ -130,7 +139,8 @@ class Search:
             if count(calibration) < 2:
                 raise DataError("calibration: needs at least 2 samples, of which some are held back to judge plans")
             calibration, validation = split(calibration, _HELD_BACK, seed)
-        self.targets, self.cache = [read_target(t) if isinstance(t, str) else t for t in targets], cache
+        self.targets = [read_target(t) if isinstance(t, str) else t for t in targets]
+        self.cache = cache
         self.calibration, self.validation, self.tests = list(calibration), list(validation), tests
         self.metric = None if metric == "kl" else metric
         labels = [t.called for t in self.targets]
@@ -164,44 +174,10 @@ class Search:
         seed: int | None = None,
         targets: Sequence[Target] | None = None,
         model: nn.Module | None = None,
+        executor: Executor | None = None,
     ) -> Search:
         """Build the model and data that a study file names. `storage` is a URL; the others replace the file's."""
-        torch.set_num_threads(file.threads)
-        splits = file.splits()
-        args, kwargs = file.example()
-        spec = file.model.call
-        return cls(
-            file.build_model() if model is None else model,
-            args,
-            kwargs,
-            calibration=splits["calibration"],
-            validation=splits.get("validation"),
-            tests=splits.get("test"),
-            metric=file.metric_function() or file.metric,
-            limits=file.limits if limits is None else limits,
-            objectives=file.goals if targets is None else file.goals_on([t.called for t in targets]),
-            space=file.load_space(),
-            trials=file.trials if trials is None else trials,
-            seed=file.seed if seed is None else seed,
-            strategy=file.strategy,
-            sampler=file.sampler,
-            seeds=file.seeds,
-            storage=storage or file.storage_url,
-            name=file.study_on(targets),
-            refit=RefitOptions() if file.refit.enabled else None,
-            refit_samples=file.refit.samples,
-            bn=file.recovery.bn,
-            precision=file.precision,
-            output=file.output.kind,
-            class_dim=file.output.class_dim,
-            allow=file.allow,
-            targets=file.make_targets() if targets is None else targets,
-            cache=file.cache_folder,
-            retargeted=file.study_on(targets) != file.name,
-            recovery=file.short_recovery(),
-            start=file.starting_plans,
-            source=source_of(spec, file.model.args),
-        )
+        return cls(**arguments(file, limits, trials, storage, seed, targets, model, executor))
 
     @cached_property
     def cost(self) -> Cost:

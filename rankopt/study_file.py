@@ -22,13 +22,28 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
-from rankopt import study_values
-from rankopt.callables import call, check_spec, load_callable
+from rankopt.callables import call, load_callable
 from rankopt.errors import StudyFileError
 from rankopt.limits import Limit
 from rankopt.plan_sources import plans_named
 from rankopt.recovery_options import RecoveryOptions
 from rankopt.space_file import Space, load_space
+from rankopt.study_parts import (
+    CallSpec,
+    ModelSpec,
+    OutputSpec,
+    RefitSpec,
+    SplitSpec,
+    one_of,
+    read_limit,
+    read_metric,
+    read_name,
+    read_objective,
+    read_seconds,
+    read_targets,
+    read_texts,
+    short_for,
+)
 from rankopt.yaml_file import Strict, closest, parse, read_yaml
 
 if TYPE_CHECKING:
@@ -49,64 +64,31 @@ SPLITS = ("calibration", "validation", "test")
 TRAIN = "train"  # iterated by the training itself, anew in every epoch
 
 
-class CallSpec(Strict):
-    """A callable and its keyword arguments."""
-
-    call: Annotated[str, BeforeValidator(check_spec)]
-    args: dict[str, Any] = Field(default_factory=dict)
-
-
-class ModelSpec(CallSpec):
-    """What makes the model, and a checkpoint of weights for it (a path beside the study file; None: as it is made)."""
-
-    weights: str | None = Field(None, min_length=1)
-
-
-class SplitSpec(Strict):
-    """How much of a split is used (None: all), and the batch size for data that do not come in batches."""
-
-    samples: int | None = Field(None, ge=1)
-    batch: int = Field(128, ge=1)
-
-
-class RefitSpec(Strict):
-    """Whether a trial's layers are refitted in sequence, and on how many calibration samples (None: all)."""
-
-    enabled: bool = True
-    samples: int | None = Field(None, ge=1)
-
-
-class OutputSpec(Strict):
-    """What the model returns, and which dimension holds the classes; the default is read off an output."""
-
-    kind: Literal["auto", "logits", "regression"] = "auto"
-    class_dim: int | None = None
-
-
 class StudyFile(Strict):
     """A study: what is compressed, on which data it is judged, and what it must keep."""
 
-    name: Annotated[str, BeforeValidator(study_values.name)] = "study"
+    name: Annotated[str, BeforeValidator(read_name)] = "study"
     description: str = ""
-    model: Annotated[ModelSpec, study_values.short("call")]
-    data: Annotated[CallSpec, study_values.short("call")]
-    metric: Annotated[str, BeforeValidator(study_values.metric)] = "accuracy"
+    model: Annotated[ModelSpec, short_for("call")]
+    data: Annotated[CallSpec, short_for("call")]
+    metric: Annotated[str, BeforeValidator(read_metric)] = "accuracy"
     example_input: Any = None
     calibration: SplitSpec = SplitSpec(samples=1024, batch=128)
     validation: SplitSpec = SplitSpec(batch=256)
     test: SplitSpec = SplitSpec(batch=256)
     space: Any = "default"
-    limits: list[Annotated[Limit, BeforeValidator(study_values.limit)]] = Field(default_factory=list)
-    objectives: list[Annotated[str, BeforeValidator(study_values.objective)]] = Field(
-        default_factory=list, max_length=12
-    )
-    target: Annotated[list[dict[str, Any]], BeforeValidator(study_values.targets)] = Field(default_factory=list)
+    limits: list[Annotated[Limit, BeforeValidator(read_limit)]] = Field(default_factory=list)
+    objectives: list[Annotated[str, BeforeValidator(read_objective)]] = Field(default_factory=list, max_length=12)
+    target: Annotated[list[dict[str, Any]], BeforeValidator(read_targets)] = Field(default_factory=list)
     cache: str | None = Field(None, min_length=1)
     trials: int = Field(64, ge=1, le=1_000_000)
-    strategy: Annotated[str, BeforeValidator(study_values.one_of(STRATEGY_NAMES))] = "auto"
-    sampler: Annotated[str, BeforeValidator(study_values.one_of(SAMPLER_NAMES))] = "auto"
+    time_limit: Annotated[float | None, BeforeValidator(read_seconds)] = None
+    patience: int | None = Field(None, ge=1)
+    trial_timeout: Annotated[float | None, BeforeValidator(read_seconds)] = None
+    strategy: Annotated[str, BeforeValidator(one_of(STRATEGY_NAMES))] = "auto"
+    sampler: Annotated[str, BeforeValidator(one_of(SAMPLER_NAMES))] = "auto"
     seeds: int | None = Field(None, ge=0, le=10_000)
-    start: Annotated[list[str], BeforeValidator(study_values.texts)] = Field(default_factory=list)
+    start: Annotated[list[str], BeforeValidator(read_texts)] = Field(default_factory=list)
     seed: int = Field(0, ge=0, lt=2**32)
     threads: int = Field(1, ge=1, le=1024)
     storage: str | None = Field(None, min_length=1)
@@ -165,6 +147,14 @@ class StudyFile(Strict):
                 raise StudyFileError(f"{key}: must be one of {', '.join(known)}, got {value!r}{closest(value, known)}")
         return self.model_copy(update=given)
 
+    def ending(self, time_limit: str | None, patience: int | None) -> StudyFile:
+        """The same study that ends earlier or later, where it is given; raises `StudyFileError` for no duration."""
+        try:
+            given = {"time_limit": read_seconds(time_limit), "patience": patience}
+        except ValueError as error:
+            raise StudyFileError(f"--time-limit: {error}") from None
+        return self.model_copy(update={k: v for k, v in given.items() if v is not None})
+
     def make_targets(self) -> list[Target]:
         """The targets that are named; raises `StudyFileError` that names the option that is wrong."""
         from rankopt.targets import make
@@ -196,11 +186,8 @@ class StudyFile(Strict):
 
     def starting_with(self, plans: Sequence[str] | None) -> StudyFile:
         """The same study with other plans to begin with, where some are given (paths from the current folder)."""
-        return (
-            self
-            if plans is None
-            else self.model_copy(update={"start": [str(Path(p).expanduser().resolve()) for p in plans]})
-        )
+        resolved = [str(Path(p).expanduser().resolve()) for p in plans or ()]
+        return self if plans is None else self.model_copy(update={"start": resolved})
 
     def starting_plans(self, where: str | None = None) -> dict[str, Plan]:
         """What ``start`` names: text → plan; raises `InputError`, one line, for one that can't be read.

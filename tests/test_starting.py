@@ -48,7 +48,8 @@ def run(url: str, start: list[Plan], trials: int = 12, evaluate: Any = measure, 
     opened = ledger.open_study(ledger.open_storage(url), "s", ("kl", "macs"), FACTS, DENSE, LIMITS)
     given = Setting(made({"macs": 0.6}), ("kl", "macs"), LIMITS, DENSE, trials, start=start)
     study.run(opened, given, evaluate, by=by)
-    return [t for t in opened.get_trials(deepcopy=False) if study._counts(t)]
+    trials = opened.get_trials(deepcopy=False)
+    return [t for t in trials if t.state.is_finished() and t.user_attrs.get("reason") != "interrupted"]
 
 
 def digests(trials: list[Any]) -> list[str]:

@@ -77,7 +77,7 @@ def trials_of(url: str, name: str = "s") -> list[optuna.trial.FrozenTrial]:
 
 
 def counted(url: str, name: str = "s") -> list[optuna.trial.FrozenTrial]:
-    return [t for t in trials_of(url, name) if study._counts(t)]
+    return [t for t in trials_of(url, name) if ledger.counts(t)]
 
 
 def proposals(url: str, name: str = "s") -> list[dict[str, float]]:

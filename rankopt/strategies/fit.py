@@ -35,7 +35,7 @@ class Fit(Strategy):
             return Proposal(self.solved.at(standing.number), self.name)
         self.learn(standing)
         random = standing.random(self.setting.seed)
-        known = {e.plan.digest for e in standing.entries}
+        known = standing.known
         for attempt in range(self.tries):
             plan = self.attempt(standing, random, attempt)
             if plan is not None and plan.digest not in known:

@@ -31,10 +31,9 @@ class Started(Strategy):
 
     def propose(self, standing: Standing) -> Proposal:
         """The next given plan, or whatever the other strategy proposes."""
-        known = {entry.plan.digest for entry in standing.entries}
         while self._waiting:
             plan = self._waiting.pop(next(iter(self._waiting)))
-            if plan.digest not in known:
+            if plan.digest not in standing.known:
                 self._first.add(plan.digest)
                 return Proposal(plan, self.name)
         return self.then.propose(replace(standing, number=max(0, standing.number - len(self._first))))

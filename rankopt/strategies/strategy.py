@@ -50,7 +50,15 @@ class Proposal:
 
     def to_dict(self) -> dict[str, Any]:
         """For the ledger; the plan stands elsewhere."""
-        return {"by": self.by, "numbers": dict(self.numbers), "marks": dict(self.marks)}
+        found = {"by": self.by, "numbers": dict(self.numbers), "marks": dict(self.marks)}
+        return found | ({"probe": True} if self.probe else {})
+
+    @classmethod
+    def from_dict(cls, plan: Plan, told: Mapping[str, Any]) -> Proposal:
+        """The reverse; of a trial that was not proposed by a strategy all but the plan is empty."""
+        return cls(
+            plan, told.get("by", ""), told.get("numbers", {}), told.get("marks", {}), bool(told.get("probe", False))
+        )
 
 
 @dataclass(frozen=True)
@@ -94,12 +102,19 @@ class Standing:
     """What is known when a plan is asked for.
 
     Attributes:
-        number: how many trials there were.
+        number: how many trials there were, those under way included.
         entries: all measured plans, in order.
+        pending: digests of the plans that are being measured.
     """
 
     number: int
     entries: Sequence[Entry]
+    pending: frozenset[str] = frozenset()
+
+    @property
+    def known(self) -> set[str]:
+        """Digests of the plans that need not be proposed any more."""
+        return {e.plan.digest for e in self.entries} | self.pending
 
     def random(self, seed: int) -> np.random.Generator:
         """The same after the same trials, whether or not the study was interrupted."""

@@ -91,6 +91,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {"img_size": 64},
 }
 SIZE = 64
+LARGE = ("resnet18", "convnext_atto")
 
 
 def make(name: str) -> nn.Module:
@@ -121,7 +122,7 @@ def plan_for(model: nn.Module, x: Tensor) -> Plan:
     return Plan(choices, fingerprint(model, found), {la.name: la.skip for la in found if la.skip})
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=[pytest.param(n, marks=pytest.mark.slow if n in LARGE else ()) for n in MODELS])
 def made(request: pytest.FixtureRequest) -> tuple[str, nn.Module, Tensor]:
     x = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     return request.param, make(request.param), x

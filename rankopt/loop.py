@@ -38,7 +38,7 @@ from rankopt.plan import Plan
 from rankopt.result import Entry, Progress
 from rankopt.sampling import Told
 from rankopt.stopping import Gains, Stopping, spent
-from rankopt.strategies import strategy
+from rankopt.strategies import strategy_for
 from rankopt.strategies.strategy import Exhausted, Proposal, Setting, Standing
 from rankopt.trials import Trials, proposal_of
 from rankopt.worth import excess_over, signed, told_values, volume, worth
@@ -104,7 +104,7 @@ class Loop:
         self.objectives = tuple(study.user_attrs[FACTS]["objectives"].split(", "))
         self.pending: dict[int, Asked] = {}
         self.trials = Trials(study, setting.space, setting.seed)
-        self.strategy = strategy(by)(setting)
+        self.strategy = strategy_for(by, setting)
         with self.trials.alone():
             past = self.trials.news()
         known = known_entries(study, setting.limits)

@@ -76,6 +76,7 @@ class Setting:
         sampler: of `rankopt.sampling.SAMPLERS`, or auto.
         sensitivities: measures predicted losses anew around a plan; None where that can't be had.
         estimated: a group and a method → the share of its MACs at the ranks that EVBMF estimates.
+        start: plans that are measured before any is chosen; see `strategies.started`.
     """
 
     space: SearchSpace
@@ -88,6 +89,7 @@ class Setting:
     sampler: str = "auto"
     sensitivities: Sensitivities | None = None
     estimated: Callable[[Group, str], float] | None = None
+    start: Sequence[Plan] = ()
 
     @property
     def first(self) -> int:

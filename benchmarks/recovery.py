@@ -38,7 +38,7 @@ from rankopt.recovering import Recovery, recover_study
 from rankopt.recovery_options import RecoveryOptions
 from rankopt.result import Progress
 from rankopt.search import Search
-from rankopt.study_file import CallSpec, StudyFile, load_study
+from rankopt.study_file import ModelSpec, StudyFile, load_study
 from rankopt.yaml_file import parse
 
 EPOCH = 48_000 // 128  # all training images but the 2,000 of the validation split
@@ -91,7 +91,7 @@ def study(args: argparse.Namespace, steps: int) -> StudyFile:
     recovery = parse(RecoveryOptions, {"bn": "auto", "final_steps": steps, **own}, "--set ")
     changes: dict[str, Any] = {
         "name": f"{args.network}-{args.kind}",
-        "model": CallSpec(call=f"cifar10.py:{args.network}"),
+        "model": ModelSpec(call=f"cifar10.py:{args.network}"),
         "recovery": recovery,
         "trials": args.trials,
         "seed": args.seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ from rankopt.cli_options import (
     Storage,
     Study,
     Targets,
-    limits_of,
+    asked,
+    repeated,
     storage_of,
     targets_of,
 )
@@ -115,6 +117,10 @@ def search(
     seed: Annotated[int | None, typer.Option(min=0, metavar="S", help="Replaces the seed of the study.")] = None,
     strategy: Annotated[str | None, typer.Option(metavar="NAME", help="How plans are chosen.")] = None,
     sampler: Annotated[str | None, typer.Option(metavar="NAME", help="Optuna's sampler.")] = None,
+    start: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PLAN", help="Measure this plan first: its file, a saved model, or STUDY.yaml:TRIAL."),
+    ] = None,
     time_limit: Annotated[
         str | None, typer.Option(metavar="TIME", help="End after so much time of trials in all, e.g. 90s, 20m or 2h.")
     ] = None,
@@ -140,12 +146,14 @@ def search(
     rankopt search studies/digits.yaml --out compressed --export onnx --json
     rankopt search studies/digits.yaml --target torch --limit 'latency<=0.6x'
     rankopt search studies/digits.yaml --strategy correct --sampler nsga2
+    rankopt search studies/digits.yaml --start plan.yaml --start other.yaml:12
     """
-    from rankopt.study_file import load_study
     from rankopt.tables import front_row, front_table
 
-    file, limits, targets = load_study(study), limits_of(limit), targets_of(target)
-    file = file.choosing(strategy, sampler).ending(time_limit, patience)
+    given = asked(study, limit, storage, target)
+    limits, targets, url = given.limits, given.targets, given.storage
+    file = given.file.choosing(strategy, sampler).ending(time_limit, patience).starting_with(start)
+    file.starting_plans("--start: " if start else None)  # refused before anything is prepared
     if exports and out is None:
         raise InputError("--export: needs --out DIR, where the files are written")
     check_exports(exports)
@@ -154,7 +162,6 @@ def search(
     with watched(file, tensorboard, mlflow, log, quiet) as progress:
         from rankopt.search import Search  # last: what can be refused at once needs no torch
 
-        url = storage_of(storage)
         run = Search.from_study(file, limits=limits, trials=trials, storage=url, seed=seed, targets=targets)
         try:
             result = run.run(progress=progress)
@@ -180,7 +187,8 @@ def search(
         console.print(note, soft_wrap=True)
     if out is None:
         name = f"trial {best.trial}" if best.plan.changed() else "the dense model, nothing within the limits beats it"
-        console.print(f"\nbest: {name}; write it with: rankopt export {study} --out DIR", soft_wrap=True)
+        again = shlex.join(["rankopt", "export", str(study), *repeated(storage, target, limit)])
+        console.print(f"\nbest: {name}; write it with: {again} --out DIR", soft_wrap=True)
     else:
         print_saved(console, best, out, saved, dense_test)
 
@@ -195,13 +203,9 @@ def front(
     rankopt front studies/digits.yaml
     rankopt front studies/digits.yaml --limit 'macs<=40%' --json
     """
-    from rankopt.ledger import read_result
-    from rankopt.study_file import load_study
     from rankopt.tables import front_row, front_table
 
-    file, limits = load_study(study), limits_of(limit)
-    name = file.study_on(targets_of(target))
-    result = read_result(storage_of(storage) or file.storage_url, name, limits=limits or file.limits)
+    result = asked(study, limit, storage, target).result()
     rows = [front_row(entry) for entry in result.front]
     if as_json:
         print_json(rows)

@@ -14,11 +14,12 @@ from rankopt.batches import Batch
 from rankopt.batches import pieces as cut
 from rankopt.bn import has_batch_norm, recalibrate
 from rankopt.cost import Cost, plan_cost
+from rankopt.decompositions import method
 from rankopt.devices import Devices
 from rankopt.divergence import Divergence, pick
 from rankopt.errors import DataError, RankoptError
 from rankopt.factors import Factors
-from rankopt.layer_spec import LayerSpec
+from rankopt.layer_spec import LayerSpec, apart
 from rankopt.layers import call_model, inference
 from rankopt.limits import Limit
 from rankopt.plan import Plan
@@ -27,6 +28,7 @@ from rankopt.refit import Refit
 from rankopt.surgery import apply
 
 _PIECE = 128  # samples that a model is run on at once
+_KEPT = 2**22  # numbers of the dense model's outputs on other data than the validation's that are remembered
 _LOST = 2.0  # nats beyond which a plan is judged again in float32
 
 Metric = Callable[[nn.Module, Sequence[Batch]], float]
@@ -95,7 +97,7 @@ class Evaluator:
         # A user's own metric sees batches as they came; else pieces whose activations fit the processor's caches.
         pieces = self.validation if callable(metric) else [p for b in self.validation for p in cut(b, _PIECE)]
         self._pieces, self._fast_pieces = pieces, fast.batches(pieces)
-        self._dense_outputs: dict[int, list[Tensor]] = {}
+        self._dense_outputs: dict[int, tuple[Sequence[Batch], list[Tensor]]] = {}
         self.dense = {"macs": float(cost.macs), "params": float(cost.params), **self.quality(model)}
         if devices:
             self.use(devices)
@@ -107,7 +109,9 @@ class Evaluator:
 
     def costs(self, plan: Plan) -> dict[str, float]:
         """Exact MACs and parameters, absolute and as shares of dense, without building anything."""
-        cost = plan_cost(self.layers, plan, self.cost.params, self.cost.macs - sum(la.macs for la in self.layers))
+        cost = plan_cost(
+            self.layers, plan, self.cost.params, self.cost.macs - sum(la.macs for la in apart(self.layers))
+        )
         return {
             "macs": float(cost.macs),
             "params": float(cost.params),
@@ -125,8 +129,8 @@ class Evaluator:
         built = self.fast.module_(built) if quick else built
         if self.refit is not None:
             modules = dict(built.named_modules())
-            chains = {n: m for n in plan.changed() if isinstance(m := modules[n], nn.Sequential)}
-            self.refit(built, chains, quick)
+            lasts = {n: method(c.method).last(modules[n]) for n, c in plan.changed().items()}
+            self.refit(built, {n: last for n, last in lasts.items() if last is not None}, quick)
         if self.recovery is not None:
             built = self.recovery(built, self.model, plan)
         if bn is None:
@@ -240,17 +244,16 @@ class Evaluator:
         return {str(li): li.violation(measured, self.dense) for li in limits if li.key in measured}
 
     def _dense(self, batches: Sequence[Batch]) -> list[Tensor]:
-        key = id(batches) if batches is not self._pieces else 0
-        if key == 0 and 0 in self._dense_outputs:
-            return self._dense_outputs[0]
+        if id(batches) in self._dense_outputs:
+            return self._dense_outputs[id(batches)][1]
         with inference(self.model):
             outputs = [pick(call_model(self.model, b.args, b.kwargs, "validation data")).clone() for b in batches]
         if any(not torch.isfinite(o).all() for o in outputs):
             raise DataError(
                 "validation: the dense model's output holds NaN or infinity; check its weights and the data"
             )
-        if key == 0:
-            self._dense_outputs[0] = outputs
+        if batches is self._pieces or sum(o.numel() for o in outputs) <= _KEPT:
+            self._dense_outputs[id(batches)] = batches, outputs  # held together, so that no other batches get the id
         return outputs
 
 

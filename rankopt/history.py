@@ -155,6 +155,8 @@ def _importances(study: optuna.Study, result: Result) -> dict[str, dict[str, flo
     done = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.params and t.values]
     if len(done) < FEWEST:
         return {}
+    told = optuna.create_study(directions=study.directions)  # without plans that no parameters can tell
+    told.add_trials(done)
     evaluator = PedAnovaImportanceEvaluator(target_quantile=min(0.5, max(0.1, _GOOD / len(done))))
     found = {}
     for number, name in [(None, FRONT), *enumerate(result.objectives)]:
@@ -164,7 +166,7 @@ def _importances(study: optuna.Study, result: Result) -> dict[str, dict[str, flo
             continue  # nothing to tell good from bad by
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it repeats that low is taken for good, and that some trials are few
-            shares = get_param_importances(study, evaluator=evaluator, target=target)
+            shares = get_param_importances(told, evaluator=evaluator, target=target)
         if len(set(shares.values())) > 1:
             found[name] = dict(shares)
     return found

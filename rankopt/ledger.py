@@ -229,6 +229,15 @@ class Judged:
     numbers: Mapping[str, float | str]
 
 
+def proposed(storage: BaseStorage, name: str, by: str) -> list[Plan]:
+    """The plans of a study, if there is one of that name, that were proposed by this."""
+    if name not in optuna.study.get_all_study_names(storage):
+        return []
+    trials = optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
+    own = [t for t in trials if t.user_attrs.get(PROPOSAL, {}).get("by") == by]
+    return [Plan.from_dict(t.user_attrs[PLAN], f"trial {t.number}") for t in own]
+
+
 def judged(storage: BaseStorage, facts: Mapping[str, str], besides: str) -> list[Judged]:
     """Plans of all studies of a storage (besides one) that were begun with the same model, data, space and refit."""
     found: dict[str, Judged] = {}

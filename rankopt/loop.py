@@ -38,7 +38,7 @@ from rankopt.plan import Plan
 from rankopt.result import Entry, Progress
 from rankopt.sampling import Told
 from rankopt.stopping import Stopping
-from rankopt.strategies import strategy
+from rankopt.strategies import strategy_for
 from rankopt.strategies.strategy import Exhausted, Proposal, Setting, Standing
 from rankopt.trials import Trials, proposal_of, spent
 from rankopt.worth import Gains, excess_over, signed, told_values, volume, worth
@@ -104,7 +104,7 @@ class Loop:
         self.objectives = tuple(study.user_attrs[FACTS]["objectives"].split(", "))
         self.pending: dict[int, Asked] = {}
         self.trials = Trials(study, setting.space, setting.seed)
-        self.strategy = strategy(by)(setting)
+        self.strategy = strategy_for(by, setting)
         with self.trials.alone():
             past = self.trials.news()
         known = known_entries(study, setting.limits)
@@ -154,6 +154,7 @@ class Loop:
                 self._exhausted = not self.trials.under_way()  # what is under way may lead to others
                 return None
             if proposal is None:
+                self._exhausted = not self.trials.under_way()
                 return None
             begun = self.trials.begin(proposal)
         asked = Asked(begun, proposal, self.measured.get(proposal.plan.digest))
@@ -239,8 +240,6 @@ class Loop:
         """The end: what still runs here is run by nobody."""
         self.trials.close()
 
-    # plans -----------------------------------------------------------------------------------------------------------
-
     @property
     def asked(self) -> int:
         """How many trials the study has, those under way included and interrupted ones not."""
@@ -260,16 +259,18 @@ class Loop:
                     return again[0]
                 raise
             if again and again[0].plan.digest != proposal.plan.digest:
-                self._forget(proposal)
+                self.strategy.unused(proposal)
                 return again[0]
             # A study that was interrupted goes on as it would have: asked again, the strategy proposes the same.
-            if proposal.plan.digest not in standing.pending | self.trials.given_up:
+            if proposal.plan.digest in self.trials.given_up:
+                self._failed(proposal)
+            elif proposal.plan.digest in standing.pending:
+                self.strategy.unused(proposal)
+            else:
                 return proposal
-            self._forget(proposal)
         return None
 
-    def _forget(self, proposal: Proposal) -> None:
-        """Nothing becomes of a proposal."""
+    def _failed(self, proposal: Proposal) -> None:
         self.strategy.told(proposal, Told(proposal.numbers, None, {}, proposal.marks))
 
     # outcomes --------------------------------------------------------------------------------------------------------
@@ -280,7 +281,7 @@ class Loop:
         self.done += 1
         self._gains.add(None)
         self._failures.append(f"trial {asked.trial.number}: {why}")
-        self._forget(asked.proposal)
+        self._failed(asked.proposal)
 
     def _record(self, asked: Asked, found: Evaluation, ran: Mapping[str, Any]) -> None:
         number, proposal = asked.trial.number, asked.proposal

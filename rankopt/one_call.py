@@ -14,6 +14,8 @@ from rankopt.durations import seconds_of
 from rankopt.errors import InputError, LimitError
 from rankopt.evaluate import Metric
 from rankopt.limits import Limit, parse_limit
+from rankopt.plan import Plan
+from rankopt.plan_diff import plan_at
 from rankopt.result import Progress, Result
 from rankopt.search import Search
 from rankopt.short_recovery import ShortRecovery
@@ -48,6 +50,7 @@ def search(
     allow: Sequence[str] = (),
     recovery: int | Mapping[str, Any] | None = None,
     train: Any = None,
+    start: Sequence[Plan | str | Path] = (),
 ) -> Result:
     """Find compressed versions of a trained model that keep the limits.
 
@@ -80,6 +83,7 @@ def search(
         allow: operations that no counter knows and that shall count as nothing; see `Search`.
         recovery: a short training in every trial: steps, or a mapping of `RecoveryOptions`.
         train: data for it, e.g. a DataLoader; the calibration data when None.
+        start: plans that are measured first, or files of them, or folders of saved models; for the same architecture.
 
     Returns:
         A `Result`: ``.front``, ``.best()``; each entry has ``.plan``, ``.measurements``, ``.build()``, ``.save(dir)``.
@@ -124,6 +128,7 @@ def search(
         targets=[] if target in (None, "none") else [target] if isinstance(target, str | Target) else list(target),
         cache=cache,
         recovery=replace(short, batches=train, seed=seed) if short else None,
+        start=_plans(start),
     )
     return run.run(progress)
 
@@ -133,6 +138,15 @@ def _seconds(key: str, value: float | str | None) -> float | None:
         return None if value is None else seconds_of(value)
     except ValueError as error:
         raise InputError(f"{key}: {error}") from None
+
+
+def _plans(given: Any) -> dict[str, Plan]:
+    if isinstance(given, Plan | str | Path):
+        given = [given]
+    if not isinstance(given, Sequence) or not all(isinstance(one, Plan | str | Path) for one in given):
+        raise InputError(f"start: needs a list of plans or of their files, got {given!r:.80}")
+    return {f"plan {n}" if isinstance(p, Plan) else str(p): p if isinstance(p, Plan) else plan_at(Path(p))
+            for n, p in enumerate(given, 1)}  # fmt: skip
 
 
 def _listed(limits: Any) -> Sequence[Any]:

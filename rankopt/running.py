@@ -13,10 +13,13 @@ from rankopt.batches import digest
 from rankopt.errors import InputError
 from rankopt.evbmf import estimated_share
 from rankopt.executors.local import Local
+from rankopt.plan import Plan
 from rankopt.problem import learn
 from rankopt.result import Entry, Result
 from rankopt.sensitivity import Sensitivities, SensitivityOptions
+from rankopt.starting import joined
 from rankopt.storages import only_writer, open_storage
+from rankopt.strategies.started import START
 from rankopt.strategies.strategy import Setting
 
 if TYPE_CHECKING:
@@ -25,12 +28,14 @@ if TYPE_CHECKING:
 
 def run(search: Search) -> Result:
     """See `Search.run`."""
+    start = search.start  # a plan that does not fit is refused before there is a storage
     with only_writer(search.storage, search.name):
-        return _run(search)
+        return _run(search, start)
 
 
-def _run(search: Search) -> Result:
+def _run(search: Search, start: Sequence[Plan]) -> Result:
     storage = open_storage(search.storage)
+    search.start = joined(start, ledger.proposed(storage, search.name, START))
     devices = search.devices
     devices.keep_pace(ledger.begun_with(storage, search.name))
     space = search.space
@@ -83,6 +88,7 @@ def setting_of(search: Search) -> Setting:
             SensitivityOptions(seed=search.seed),
         ),
         lambda group, method: estimated_share(group, method, factors),
+        search.start,
     )  # fmt: skip
 
 

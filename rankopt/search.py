@@ -38,6 +38,7 @@ from rankopt.saving import saved
 from rankopt.short_recovery import ShortRecovery
 from rankopt.space import SearchSpace
 from rankopt.space_file import Space, load_space, resolve, tied_groups
+from rankopt.starting import choices_of, starting_plans
 from rankopt.stopping import Stopping
 from rankopt.study_arguments import arguments
 from rankopt.surgery import checked
@@ -82,6 +83,7 @@ class Search:
         retargeted: take over the quality of all plans that another study in the storage measured with the same model,
             data and space; only latency is measured anew.
         recovery: a short training in every trial: steps, `RecoveryOptions` as a mapping, or a `ShortRecovery`.
+        start: plans that are measured first, by names for messages, or what returns them when the search begins.
         stopping: what ends the study before it has all its trials: a time limit, or trials without a gain.
         trial_timeout: seconds after which a trial is given up (None: never); see `executors.local`.
         executor: what carries trials out (None: this process, one after the other).
@@ -122,6 +124,7 @@ class Search:
         cache: Path | bool | None = None,
         retargeted: bool = False,
         recovery: int | Mapping[str, Any] | ShortRecovery | None = None,
+        start: Mapping[str, Plan] | Callable[[], Mapping[str, Plan]] | None = None,
         stopping: Stopping | None = None,
         trial_timeout: float | None = None,
         executor: Executor | None = None,
@@ -129,7 +132,7 @@ class Search:
         self.model, self.source, self.allow = model, source, tuple(allow)
         self.stopping, self.trial_timeout, self.executor = stopping or Stopping(), trial_timeout, executor
         self.stopped = ""
-        self.retargeted, self.recovery = retargeted, ShortRecovery.of(recovery)
+        self.retargeted, self.recovery, self._start = retargeted, ShortRecovery.of(recovery), start or {}
         self.example, self.example_kwargs = example_input, dict(example_kwargs or {})
         if threads is not None:
             torch.set_num_threads(threads)
@@ -186,35 +189,30 @@ class Search:
             raise UncountedOperationError(f"MACs of the dense model: {error.message}") from None
 
     @cached_property
+    def start(self) -> list[Plan]:
+        """The plans that are measured first; raises `PlanError` for one that is another model's."""
+        given = self._start() if callable(self._start) else self._start
+        return starting_plans(given, self.model, self.layers, self.fingerprint)
+
+    @cached_property
     def _prepared(self) -> tuple[list[Group], Factors]:
+        tied = tied_groups(self.space_file, self.layers)
         return candidates(
-            self.model,
-            self.layers,
-            self.spaces,
-            tied_groups(self.space_file, self.layers),
-            self.calibration,
-            self.divergence,
-            options=self.options,
-            use_statistics=self.space_file.statistics,
-            max_bytes=self.memory,
-            progress=self.tell,
-        )
+            self.model, self.layers, self.spaces, tied, self.calibration, self.divergence, progress=self.tell,
+            further=choices_of(self.start), **self._gathering,
+        )  # fmt: skip
+
+    @property
+    def _gathering(self) -> dict[str, Any]:
+        statistics = self.space_file.statistics
+        return {"options": self.options, "use_statistics": statistics, "max_bytes": self.memory}
 
     @property
     def _factors(self) -> Factors:
         """The factors; without a search there is no need for the candidates and their predicted losses."""
         if "_prepared" in self.__dict__:
             return self._prepared[1]
-        return factor_cache(
-            self.model,
-            self.layers,
-            self.spaces,
-            self.calibration,
-            self.divergence,
-            options=self.options,
-            use_statistics=self.space_file.statistics,
-            max_bytes=self.memory,
-        )
+        return factor_cache(self.model, self.layers, self.spaces, self.calibration, self.divergence, **self._gathering)
 
     @property
     def groups(self) -> list[Group]:

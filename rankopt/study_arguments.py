@@ -63,6 +63,7 @@ def arguments(
         "cache": file.cache_folder,
         "retargeted": file.study_on(targets) != file.name,
         "recovery": file.short_recovery(),
+        "start": file.starting_plans,
         "stopping": Stopping(file.time_limit, file.patience),
         "trial_timeout": file.trial_timeout,
         "executor": executor,

@@ -25,6 +25,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 from rankopt.callables import call, load_callable
 from rankopt.errors import StudyFileError
 from rankopt.limits import Limit
+from rankopt.plan_sources import plans_named
 from rankopt.recovery_options import RecoveryOptions
 from rankopt.space_file import Space, load_space
 from rankopt.study_parts import (
@@ -40,6 +41,7 @@ from rankopt.study_parts import (
     read_objective,
     read_seconds,
     read_targets,
+    read_texts,
     short_for,
 )
 from rankopt.yaml_file import Strict, closest, parse, read_yaml
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from rankopt.batches import Batch
+    from rankopt.plan import Plan
     from rankopt.short_recovery import ShortRecovery
     from rankopt.targets.target import Target
 
@@ -85,6 +88,7 @@ class StudyFile(Strict):
     strategy: Annotated[str, BeforeValidator(one_of(STRATEGY_NAMES))] = "auto"
     sampler: Annotated[str, BeforeValidator(one_of(SAMPLER_NAMES))] = "auto"
     seeds: int | None = Field(None, ge=0, le=10_000)
+    start: Annotated[list[str], BeforeValidator(read_texts)] = Field(default_factory=list)
     seed: int = Field(0, ge=0, lt=2**32)
     threads: int = Field(1, ge=1, le=1024)
     storage: str | None = Field(None, min_length=1)
@@ -179,6 +183,18 @@ class StudyFile(Strict):
     def with_weights(self, path: Path) -> StudyFile:
         """The same study of other weights."""
         return self.model_copy(update={"model": self.model.model_copy(update={"weights": str(path.resolve())})})
+
+    def starting_with(self, plans: Sequence[str] | None) -> StudyFile:
+        """The same study with other plans to begin with, where some are given (paths from the current folder)."""
+        resolved = [str(Path(p).expanduser().resolve()) for p in plans or ()]
+        return self if plans is None else self.model_copy(update={"start": resolved})
+
+    def starting_plans(self, where: str | None = None) -> dict[str, Plan]:
+        """What ``start`` names: text → plan; raises `InputError`, one line, for one that can't be read.
+
+        `where` is what that begins with, in place of the file and the key.
+        """
+        return plans_named(self.start, self.base_dir, load_study, where or f"{self._path}: start: ")
 
     def load_space(self) -> Space:
         """The search space that the study names or holds."""

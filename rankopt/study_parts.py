@@ -73,6 +73,11 @@ def read_name(value: Any) -> str:
     return value
 
 
+def read_texts(value: Any) -> Any:
+    """A list of texts, or one of them."""
+    return [value] if isinstance(value, str) else value
+
+
 def read_seconds(value: Any) -> float | None:
     """A duration; None is none."""
     return None if value is None else seconds_of(value)

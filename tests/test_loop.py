@@ -123,6 +123,37 @@ def test_a_study_that_was_killed_with_trials_under_way(tmp_path: Path) -> None:
     assert asked.proposal.plan.digest not in left  # they were run again once
 
 
+def test_a_strategy_that_knows_nothing_else_than_a_plan_that_was_given_up_ends(tmp_path: Path) -> None:
+    url = str(tmp_path / "s.db")
+    loop = loop_on(url)
+    asked = loop.ask()
+    assert asked is not None
+    loop.tell(asked, "no")
+    loop.trials.given_up.add(asked.proposal.plan.digest)
+    loop.strategy.propose = lambda standing: asked.proposal  # type: ignore[method-assign]
+    assert loop.ask() is None
+    assert loop.finished
+
+
+def test_a_given_plan_is_measured_though_something_interrupted_comes_first(tmp_path: Path) -> None:
+    url, space = str(tmp_path / "s.db"), made({"macs": 0.6})
+    loop = loop_on(url)
+    cut_off = loop.ask()
+    assert cut_off is not None
+    loop.close()
+    start = [space.solve(space.losses, share) for share in (0.31, 0.47)]
+    opened = ledger.open_study(open_storage(url), "s", ("kl", "macs"), FACTS, DENSE, LIMITS)
+    again = Loop(opened, Setting(space, ("kl", "macs"), LIMITS, DENSE, 20, start=start))
+    found = []
+    for _ in range(4):
+        asked = again.ask()
+        assert asked is not None
+        found.append(asked.proposal.plan.digest)
+        again.tell(asked, outcome(again, asked))
+    assert found[:3] == [cut_off.proposal.plan.digest, *(plan.digest for plan in start)]
+    assert len(set(found)) == 4
+
+
 def test_the_same_plan_again_also_under_other_limits(tmp_path: Path) -> None:
     """What was under way is run to its end, though the strategy would propose something else now."""
     url = str(tmp_path / "s.db")

@@ -76,6 +76,7 @@ class Setting:
         sampler: of `rankopt.sampling.SAMPLERS`, or auto.
         sensitivities: measures predicted losses anew around a plan; None where that can't be had.
         estimated: a group and a method → the share of its MACs at the ranks that EVBMF estimates.
+        start: plans that are measured before any is chosen; see `strategies.started`.
     """
 
     space: SearchSpace
@@ -88,6 +89,7 @@ class Setting:
     sampler: str = "auto"
     sensitivities: Sensitivities | None = None
     estimated: Callable[[Group, str], float] | None = None
+    start: Sequence[Plan] = ()
 
     @property
     def first(self) -> int:
@@ -141,6 +143,10 @@ class Strategy(ABC):
     def told(self, proposal: Proposal, outcome: Told) -> None:  # noqa: B027  (most have nothing to learn here)
         """What became of a proposal (of this strategy, or of another one before a study was resumed)."""
 
+    def unused(self, proposal: Proposal) -> None:
+        """Nothing becomes of a proposal: something else is measured instead, or is being measured already."""
+        self.told(proposal, Told(proposal.numbers, None, {}, proposal.marks))
+
     def recall(self, history: Sequence[tuple[Proposal, Told]]) -> None:
         """Take in the trials of earlier runs, in order."""
         for proposal, outcome in history:
@@ -165,10 +171,13 @@ class Line:
     @classmethod
     def of(cls, space: SearchSpace, entries: Sequence[Entry]) -> Line:
         """Of those that are in the space and whose kl is known."""
-        found = [e for e in entries if e.measurements.get("kl") is not None and space.picks(e.plan) is not None]
-        costs = [float(space.shares(np.array(space.cost(e.plan) - space.fixed[space.quantity]))) for e in found]
-        kl = [float(e.measurements["kl"] or 0.0) for e in found]
-        return cls(found, np.array([*zip(kl, costs, strict=True)], float).reshape(-1, 2))
+        judged = [e for e in entries if e.measurements.get("kl") is not None]
+        pairs = [(e, picks) for e in judged if (picks := space.picks(e.plan)) is not None]
+        if not pairs:
+            return cls([], np.zeros((0, 2)))
+        found, picks = [e for e, _ in pairs], np.stack([p for _, p in pairs])
+        costs = space.shares(space.cost_of(picks) - space.fixed[space.quantity])
+        return cls(found, np.stack([[float(e.measurements["kl"] or 0.0) for e in found], costs], axis=1))
 
     def front(self) -> Line:
         """Those that no other one beats, from the most faithful on."""

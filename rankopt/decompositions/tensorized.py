@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rankopt.decompositions.decomposition import Decomposition, Ranks, wide
+from rankopt.decompositions.decomposition import MATRICES, Decomposition, Ranks, wide
 from rankopt.decompositions.metric import Metric
 from rankopt.errors import LayerError
 from rankopt.layer_spec import LayerSpec
@@ -71,7 +71,7 @@ class TensorizedDecomposition(Decomposition):
 
     def why_not(self, layer: LayerSpec) -> str | None:
         """Fits linear layers and embeddings that are not too small."""
-        if layer.dims or layer.groups > 1:
+        if layer.kind not in MATRICES:
             return "only the matrix of a linear layer or an embedding is turned into a tensor"
         if self.rebuilt and layer.kind == "embedding":
             return "rows of an embedding are looked up; its dense weight is never needed"

@@ -180,3 +180,14 @@ def test_a_search(made: tuple[str, nn.Module, Tensor]) -> None:
     best = result.best()
     assert float(best.measurements["macs_kept"] or 1) <= 0.7
     assert type(best.build()) is type(model)
+
+
+def test_from_a_directory_on_disk(tmp_path: Path) -> None:
+    name = "mobilenetv3_small_050"
+    model = make(name)
+    timm.models.save_for_hf(model, tmp_path / "hf")
+    read = timm.create_model(f"local-dir:{tmp_path / 'hf'}", pretrained=True).eval()
+    x = torch.randn(2, 3, SIZE, SIZE)
+    plan = plan_for(model, x)
+    with torch.no_grad():
+        assert torch.equal(rankopt.apply(read, plan)(x), rankopt.apply(model, plan)(x))

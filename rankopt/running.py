@@ -46,13 +46,14 @@ def _run(search: Search, start: Sequence[Plan]) -> Result:
         storage, search.name, search.objectives, facts | targets, search.evaluator.dense, search.limits,
         devices.conditions,
     )  # fmt: skip
+    ledger.want(opened, search.trials, search.stopping.time_limit, search.stopping.patience)
     known = ledger.known_entries(opened, search.limits)
     for entry in known:
         devices.recall(entry.plan, entry.measurements)
     learn(space, devices)
     inherited = ledger.judged(storage, facts, search.name) if search.retargeted else []
     _measure_together(search, inherited, known)
-    study.run(
+    search.stopped = study.run(
         opened,
         setting_of(search),
         search.evaluator,

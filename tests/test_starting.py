@@ -141,6 +141,8 @@ def test_a_plan_that_is_known_is_not_proposed() -> None:
     given = replace(setting({"macs": 0.7}, 12), start=[CHEAP])
     known = [Entry(0, CHEAP, measure(CHEAP).measurements, True)]
     assert strategy_for("correct", given).propose(Standing(1, known)).by == "correct"
+    under_way = Standing(1, [], frozenset({CHEAP.digest}))
+    assert strategy_for("correct", given).propose(under_way).by == "correct"
 
 
 def test_a_plan_is_of_a_space_only_with_all_its_layers() -> None:

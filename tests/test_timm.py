@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import rankopt
 from rankopt.artifact import save
-from rankopt.cost import count, plan_cost
+from rankopt.cost import count, other_macs, plan_cost
 from rankopt.decompositions import method
 from rankopt.exports import exporter
 from rankopt.layers import LayerSpec, find_layers, fingerprint
@@ -138,8 +138,7 @@ def test_layers_are_found_counted_and_decomposed(made: tuple[str, nn.Module, Ten
     small = rankopt.apply(model, plan)
     assert type(small) is type(model)
     whole = count(model, x)
-    other = whole.macs - sum(layer.macs for layer in found)
-    assert plan_cost(found, plan, whole.params, other) == count(small, x)
+    assert plan_cost(found, plan, whole.params, other_macs(whole, found)) == count(small, x)
     assert count(small, x).macs < whole.macs
     full = {
         la.name: LayerChoice("svd", method("svd").rank_bounds(la))
@@ -180,3 +179,14 @@ def test_a_search(made: tuple[str, nn.Module, Tensor]) -> None:
     best = result.best()
     assert float(best.measurements["macs_kept"] or 1) <= 0.7
     assert type(best.build()) is type(model)
+
+
+def test_from_a_directory_on_disk(tmp_path: Path) -> None:
+    name = "mobilenetv3_small_050"
+    model = make(name)
+    timm.models.save_for_hf(model, tmp_path / "hf")
+    read = timm.create_model(f"local-dir:{tmp_path / 'hf'}", pretrained=True).eval()
+    x = torch.randn(2, 3, SIZE, SIZE)
+    plan = plan_for(model, x)
+    with torch.no_grad():
+        assert torch.equal(rankopt.apply(read, plan)(x), rankopt.apply(model, plan)(x))

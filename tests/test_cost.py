@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from rankopt.cost import Cost, count, count_thop, other_macs, plan_cost, plan_macs, plan_params, total_params
 from rankopt.decompositions import table
+from rankopt.decompositions.chained import ChainDecomposition
 from rankopt.errors import DataError, LayerError, UncountedOperationError
 from rankopt.layers import find_layers, static_layers
 from rankopt.operations import free
@@ -74,13 +75,15 @@ def test_plans_cost_what_the_built_model_costs(name: str) -> None:
         if layer.skip is None and decomposition.why_not(layer) is None:
             bounds = decomposition.rank_bounds(layer)
             choices[layer.name] = LayerChoice(name, {k: max(1, bound // 2) for k, bound in bounds.items()})
-    assert choices
+    if not choices:
+        pytest.skip(f"{name} fits no layer of this model; its own test counts it")
     plan = Plan({**choices, "dw": DENSE})
     dense = count(model, example)
     predicted = plan_cost(layers, plan, dense.params, other_macs(dense, layers))
     built = apply(model, plan)
     assert predicted == count(built, example)
-    assert predicted == count_thop(built, example)
+    if isinstance(decomposition, ChainDecomposition):  # thop knows plain layers alone
+        assert predicted == count_thop(built, example)
     assert predicted != dense
     assert predicted == Cost(plan_macs(layers, plan), plan_params(total_params(model), layers, plan))
 

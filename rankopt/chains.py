@@ -1,4 +1,4 @@
-"""`Chain`: a decomposed layer inside a model, the weights of its stages, and the dense weight that they stand for.
+"""`Chain`: a decomposed layer inside a model, the tensors of its module, and the dense weight that they stand for.
 
 `merged` puts a compressed model back into the dense shape: the same function, with the products as weights.
 """
@@ -8,14 +8,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rankopt.decompositions import method
-from rankopt.errors import PlanError
-from rankopt.layer_spec import KINDS, LayerSpec, ungroup_weight
+from rankopt.decompositions.chained import ChainDecomposition
+from rankopt.errors import LayerError, PlanError
+from rankopt.kinds import kind_named
+from rankopt.layer_spec import LayerSpec
 from rankopt.layers import static_layers
 from rankopt.nn.folded import Folded
 from rankopt.plan import LayerChoice, Plan
@@ -24,28 +25,35 @@ from rankopt.surgery import checked
 
 @dataclass(frozen=True)
 class Chain:
-    """A layer, what was chosen for it, and the modules that stand in its place."""
+    """A layer, what was chosen for it, and what stands in its place: a row of modules, or one of another kind."""
 
     layer: LayerSpec
     choice: LayerChoice
-    modules: nn.Sequential
+    modules: nn.Module
 
     def weights(self) -> list[Tensor]:
-        """Weights of the stages, as from `Decomposition.stage_weights`: views of the parameters, with gradients."""
-        shapes = method(self.choice.method).stage_shapes(self.layer, self.choice.ranks)
-        return [_stage_weight(module, shape) for module, shape in zip(self.modules, shapes, strict=True)]
+        """Its tensors, as from `Decomposition.stage_weights`: views of the parameters, with gradients."""
+        return method(self.choice.method).weights_of(self.layer, self.choice.ranks, self.modules)
+
+    @property
+    def linear(self) -> bool:
+        """Whether it has a product that computes the same, however it was trained."""
+        return method(self.choice.method).linear
 
     def product(self) -> Tensor:
-        """The dense weight (groups, out, in, *kernel) that the chain computes with; gradients reach all factors."""
+        """The dense weight (groups, out, in, *kernel) that it computes with; gradients reach all factors."""
         return method(self.choice.method).reconstruct(self.layer, self.weights())
 
     def components(self) -> list[Tensor]:
         """For every stage that mixes channels, its rank components as rows: (groups, rank, entries).
 
-        Those of the last stage are its inputs, those of the others their outputs.
+        Those of the last stage are its inputs, those of the others their outputs. What is no chain has none.
         """
-        found = []
-        stages = method(self.choice.method).stages(self.layer, self.choice.ranks)
+        found: list[Tensor] = []
+        way = method(self.choice.method)
+        if not isinstance(way, ChainDecomposition):
+            return found
+        stages = way.stages(self.layer, self.choice.ranks)
         for number, (stage, weight) in enumerate(zip(stages, self.weights(), strict=True)):
             if stage.depthwise:
                 continue
@@ -63,23 +71,22 @@ def chains(dense: nn.Module, model: nn.Module, plan: Plan) -> list[Chain]:
     modules = dict(model.named_modules(remove_duplicate=False))
     found = []
     for layer, choice in checked(dense, plan, weights=False):
-        chain = modules.get(layer.name)
-        shapes = method(choice.method).stage_shapes(layer, choice.ranks)
-        if not isinstance(chain, nn.Sequential) or len(chain) != len(shapes):
+        if layer.name not in modules:
             raise PlanError(f"{layer.name}: the plan says {choice}, but the model was not made by it")
-        found.append(Chain(layer, choice, chain))
+        found.append(Chain(layer, choice, modules[layer.name]))
         try:
             found[-1].weights()
-        except RuntimeError:
-            raise PlanError(f"{layer.name}: the plan says {choice}, but the model has other ranks there") from None
+        except ValueError as error:
+            raise PlanError(f"the plan says {choice}, but the model was not made by it: {error}") from None
     return found
 
 
 def decomposed(dense: nn.Module, model: nn.Module) -> list[str]:
     """Names of the layers of `dense` in whose place `model` has something else; needs no plan."""
     modules = dict(model.named_modules(remove_duplicate=False))
+    before = dict(dense.named_modules(remove_duplicate=False))
     names = (layer.name for layer in static_layers(dense))
-    return [name for name in names if name in modules and type(modules[name]) not in KINDS]
+    return [name for name in names if name in modules and type(modules[name]) is not type(before[name])]
 
 
 def merged(dense: nn.Module, model: nn.Module, plan: Plan) -> nn.Module:
@@ -89,18 +96,24 @@ def merged(dense: nn.Module, model: nn.Module, plan: Plan) -> nn.Module:
 
     Raises:
         PlanError: the model was not made by this plan.
+        LayerError: what stands in the place of a layer is not linear.
     """
     found = chains(dense, model, plan)
+    for chain in found:
+        if not chain.linear:
+            raise LayerError(f"{chain.layer.name}: {chain.choice} is not linear, so no dense layer computes the same")
     result, state = copy.deepcopy(dense), model.state_dict()
     with torch.no_grad():
         for chain in found:
-            last: Any = chain.modules[-1]
-            weight = ungroup_weight(chain.layer, chain.product())
-            for name in (chain.layer.name, *chain.layer.aliases):
-                dot = f"{name}." if name else ""
-                state[f"{dot}weight"] = weight
-                if chain.layer.bias:
-                    state[f"{dot}bias"] = last.bias
+            way, layer = method(chain.choice.method), chain.layer
+            entries = kind_named(layer).state(layer, chain.product(), way.bias_of(chain.modules))
+            for name in (layer.name, *layer.aliases):
+                state |= {f"{name}.{key}" if name else key: value for key, value in entries.items()}
+            for name in layer.tied:
+                state[f"{name}.weight"] = entries["weight"]
+                bias = way.bias_of(model.get_submodule(name))
+                if bias is not None:
+                    state[f"{name}.bias"] = bias
         own = result.state_dict()
         for name, value in own.items():
             if isinstance(value, Tensor):
@@ -117,9 +130,11 @@ def balance(chains: Sequence[Chain], sweeps: int = 4) -> None:
     """
     with torch.no_grad():
         for chain in chains:
-            stages = method(chain.choice.method).stages(chain.layer, chain.choice.ranks)
-            weights = chain.weights()
-            shared = any(isinstance(module, Folded) for module in chain.modules)
+            way = method(chain.choice.method)
+            if not isinstance(way, ChainDecomposition) or not way.linear:
+                continue
+            stages, weights = way.stages(chain.layer, chain.choice.ranks), chain.weights()
+            shared = any(isinstance(module, Folded) for module in chain.modules.children())
             own = {p.untyped_storage().data_ptr() for p in chain.modules.parameters()}
             if shared or any(w.untyped_storage().data_ptr() not in own for w in weights):
                 continue
@@ -142,12 +157,3 @@ def _balanced(first: Tensor, second: Tensor, depthwise: bool) -> None:
         spread.div_(scale[..., None])
     else:
         second.div_(scale.reshape(scale.shape[0], 1, scale.shape[1], *(1,) * (second.dim() - 3)))
-
-
-def _stage_weight(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    """A stage's weight out of the module that `Decomposition.build` made of it."""
-    inner: Any = module.conv if isinstance(module, Folded) else module
-    weight: Tensor = inner.weight
-    if weight.dim() > 2 and inner.transposed:
-        weight = weight.reshape(inner.groups, -1, *weight.shape[1:]).transpose(1, 2)
-    return weight.reshape(shape)

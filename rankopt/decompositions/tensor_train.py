@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankopt.decompositions.decomposition import Decomposition, Factors, Ranks, Stage, one_channel, spatial_modes
+from rankopt.decompositions.chained import ChainDecomposition, Stage
+from rankopt.decompositions.decomposition import Factors, Ranks, one_channel, spatial_modes
 from rankopt.decompositions.metric import Metric
 from rankopt.decompositions.multilinear import mode_products, mode_roots, tail, tensorly
 from rankopt.layer_spec import LayerSpec
 
 
-class TensorTrain(Decomposition):
+class TensorTrain(ChainDecomposition):
     """Pointwise in → rank_1, a convolution per spatial dimension to rank_2, …, pointwise to the outputs."""
 
     name = "tensor_train"

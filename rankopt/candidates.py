@@ -28,7 +28,7 @@ from rankopt.kinds import kind_named
 from rankopt.layer_spec import LayerSpec, inside
 from rankopt.plan import DENSE, LayerChoice, Plan
 from rankopt.prediction import predict
-from rankopt.rank_split import split
+from rankopt.rank_split import every_count, split
 from rankopt.space_file import LayerSpace
 from rankopt.spool import Spool
 
@@ -279,10 +279,11 @@ def _group(
         full = [factors.full(layer, name) for layer in layers]
         keeps = space.keeps if way.sliceable or space.solved_keeps is None else space.solved_keeps
         for quantity in [q for q in way.saves if getattr(first, q)] or ["params"]:
-            for ranks in split(way, first, full, keeps, space.rank_multiple, quantity).values():
-                choice = LayerChoice(name, ranks)
-                if choice not in choices and _pays(first, choice) and _within(first, choice, space.cap):
-                    choices.append(choice)
+            for count in every_count(way, first):
+                for ranks in split(way, first, full, keeps, space.rank_multiple, quantity, count).values():
+                    choice = LayerChoice(name, ranks)
+                    if choice not in choices and _pays(first, choice) and _within(first, choice, space.cap):
+                        choices.append(choice)
     changes, kept = predict(layers, choices, factors, statistics, refused)
     return Group(layers, tuple(kept), changes, *_costs(layers, kept), refused, _energy(layers, kept, factors))
 

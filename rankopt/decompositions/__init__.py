@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from importlib.metadata import entry_points
 
+from rankopt.decompositions.capsule_methods import CapsCp, CapsRouting, CapsShared, CapsSvd, CapsTt, CapsTucker
 from rankopt.decompositions.cp import Cp
 from rankopt.decompositions.decomposition import Decomposition
 from rankopt.decompositions.spatial_svd import SpatialSvd
@@ -15,7 +16,10 @@ from rankopt.decompositions.tucker import Tucker
 from rankopt.decompositions.tucker2 import Tucker2
 from rankopt.errors import LayerError
 
-_OWN: tuple[type[Decomposition], ...] = (Svd, SvdIn, SpatialSvd, Tucker2, Tucker, Cp, TensorTrain, TensorRing)
+_OWN: tuple[type[Decomposition], ...] = (
+    *(Svd, SvdIn, SpatialSvd, Tucker2, Tucker, Cp, TensorTrain, TensorRing),
+    *(CapsSvd, CapsTucker, CapsCp, CapsTt, CapsShared, CapsRouting),
+)
 
 
 @cache

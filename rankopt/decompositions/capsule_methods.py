@@ -34,7 +34,7 @@ from rankopt.nn.factored_capsules import FactoredCapsules, Network
 
 # Sweeps at every strength of the regularisation, which goes from strong to weak, each from where the last one stopped.
 _SWEEPS = 30
-_REGULARISATION = (1e-1, 1e-2, 1e-3)
+_REGULARISATION = (1e-4, 1e-5, 1e-6)
 # The most that the terms' energies may add up to, in those of the tensor: beyond, they cancel each other.
 _ENERGY = 10.0
 _TABLE = 64
@@ -335,7 +335,7 @@ def _parafac(tensor: Tensor, rank: int) -> list[Tensor] | None:
         init: Any = "svd" if rank <= min(tensor.shape) else "random"
         for strength in _REGULARISATION:
             fit = tl.decomposition.parafac(
-                tensor, rank, n_iter_max=_SWEEPS, init=init, random_state=0, l2_reg=strength / rank ** (2 / 3), tol=1e-5
+                tensor, rank, n_iter_max=_SWEEPS, init=init, random_state=0, l2_reg=strength / rank ** (3 / 4), tol=1e-5
             )
             weights, solved = fit
             if not all(bool(torch.isfinite(f).all()) for f in solved):

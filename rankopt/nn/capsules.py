@@ -8,7 +8,6 @@ agree with what the others add up to get more.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -139,8 +138,9 @@ class CapsuleLayer(RoutedCapsules):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal, so that votes are as long as the capsules that make them and their mean is of length about 1/2."""
-        nn.init.normal_(self.votes.weight, std=1 / math.sqrt(self.d_in))
+        """Normal with a deviation of 0.1. Larger weights would keep their noise through training, and noise has no low
+        rank."""
+        nn.init.normal_(self.votes.weight, std=0.1)
 
     def products(self, u: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         """By the votes themselves."""

@@ -34,9 +34,10 @@ from rankopt.nn.factored_capsules import FactoredCapsules, Network
 
 # Sweeps at every strength of the regularisation, which goes from strong to weak, each from where the last one stopped.
 _SWEEPS = 30
-_REGULARISATION = (1e-4, 1e-5, 1e-6)
+_REGULARISATION = (1e-2, 1e-3, 1e-4, 1e-5)
 # The most that the terms' energies may add up to, in those of the tensor: beyond, they cancel each other.
 _ENERGY = 10.0
+_NOTHING = 1e-6
 _TABLE = 64
 
 
@@ -341,7 +342,10 @@ def _parafac(tensor: Tensor, rank: int) -> list[Tensor] | None:
             if not all(bool(torch.isfinite(f).all()) for f in solved):
                 break
             terms = weights.square() * math.prod(f.square().sum(0) for f in solved)
-            if float(terms.sum()) <= _ENERGY:
+            energy = float(terms.sum())
+            if energy < _NOTHING:  # pulled to zero, where the next round would stay
+                continue
+            if energy <= _ENERGY:
                 best = [solved[0] * weights, *solved[1:]]
             init = tl.cp_tensor.CPTensor((weights, [f.clone() for f in solved]))
     return best

@@ -108,7 +108,7 @@ TRAININGS = {
     # 8.2 M parameters with the decoder, 202 M multiply-accumulates; as in the paper but for the number of steps.
     "reference": Training({"decoder": True}, "mnist", 300, 32, 1e-3, 2, bfloat16=True),
     "small": Training(
-        {"channels": 32, "kernel": 5, "stride": 2, "types": 16, "primary_kernel": 5}, "mnist", 1500, 100, 2e-3, 2
+        {"channels": 32, "kernel": 5, "stride": 2, "types": 16, "primary_kernel": 5}, "mnist", 400, 100, 3e-3, 2
     ),
     "digits": Training(
         {

@@ -1,7 +1,8 @@
 """`Gatherer`: what calibration keeps of one layer while data run through the model; one class a form of statistics.
 
 `WeightGatherer` for layers that multiply inputs with a weight, `TokenGatherer` for embeddings, `BlockGatherer` for
-layers that are more than that, `MomentGatherer` for those of them that begin with a product. `gatherer` picks by the layer's kind.
+layers that are more than that, `MomentGatherer` for those of them that begin with a product. `gatherer` picks by the
+layer's kind.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,9 @@ def mean_nats(module: nn.Module, batches: Sequence[Any]) -> float:
     with torch.no_grad():
         for batch in batches:
             logits, wanted = module(*batch.args, **batch.kwargs), batch.labels
-            total += float(F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum"))
+            total += float(
+                F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
+            )
             count += int((wanted != IGNORED).sum())
     return -total / max(count, 1)
 
@@ -167,7 +170,7 @@ def encode(line: str, root: str | None = None) -> list[int]:
         known = number.get(character.encode())
         tokens += [known] if known is not None else [byte + 3 for byte in character.encode()]
     while True:
-        joined = [(number.get(pieces[a] + pieces[b]), n) for n, (a, b) in enumerate(zip(tokens, tokens[1:]))]
+        joined = [(number.get(pieces[a] + pieces[b]), n) for n, (a, b) in enumerate(pairwise(tokens))]
         known_ones = [(scores[found], -n, found) for found, n in joined if found is not None]
         if not known_ones:
             return [START, *tokens]

@@ -94,7 +94,8 @@ def test_masked_capsules_count_nothing_and_batches_may_have_any_shape() -> None:
     u, mask = torch.randn(2, 3, 6, 2, dtype=torch.float64), torch.rand(2, 3, 6) > 0.4
     mask[0, 0] = False
     out = layer(u, mask)
-    expected = torch.stack([_loop(layer.votes.weight, a, 3, m) for a, m in zip(u.flatten(0, 1), mask.flatten(0, 1))])
+    pairs = zip(u.flatten(0, 1), mask.flatten(0, 1), strict=True)
+    expected = torch.stack([_loop(layer.votes.weight, a, 3, m) for a, m in pairs])
     torch.testing.assert_close(out, expected.unflatten(0, (2, 3)))
     assert torch.equal(out[0, 0], torch.zeros(3, 4, dtype=torch.float64))
     changed = torch.where(mask[..., None], u, torch.full_like(u, 7.0))
@@ -155,9 +156,7 @@ def test_impossible_layers_are_refused(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_methods_compute_what_the_dense_layer_computes_at_the_cost_they_say(
-    name: str, sizes: tuple[int, ...]
-) -> None:
+def test_methods_compute_what_the_dense_layer_computes_at_the_cost_they_say(name: str, sizes: tuple[int, ...]) -> None:
     """Outputs, gradients, MACs and parameters at several ranks, against the dense layer holding the product."""
     _, layer, weight, metric, u = _layer(sizes)
     way: Any = method(name)
@@ -211,7 +210,7 @@ def test_more_rank_loses_less_and_data_help(name: str) -> None:
     """Errors of the votes on the data themselves, where inputs are strongly correlated."""
     torch.manual_seed(1)
     sizes = (12, 4, 6, 5, 3, 2)
-    module, layer, weight, _, _ = _layer(sizes)
+    _, layer, weight, _, _ = _layer(sizes)
     mix = torch.randn(12, 5, 5, dtype=torch.float64) * torch.arange(1, 6, dtype=torch.float64) ** -2.0
     u = torch.einsum("ief,nif->nie", mix, torch.randn(200, 12, 5, dtype=torch.float64))
     metric = Metric(patch=torch.einsum("nie,nif->ief", u, u) / len(u))

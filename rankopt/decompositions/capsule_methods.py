@@ -237,7 +237,8 @@ class CapsTt(CapsuleVotes):
             out, above, below, _ = tl.decomposition.tensor_train(white, rank=[1, z, y, x, 1])
         inp = torch.einsum("djie,dz,zjy,yix->ex", scaled, out[0], above, below)
         bonds = (white.flatten(0, 2).mT, white.flatten(0, 1).flatten(1), white.flatten(1))
-        spectra = {f"energy_{n + 1}": leading((b @ b.mT)[None], r)[1] for n, (b, r) in enumerate(zip(bonds, (x, y, z)))}
+        pairs = enumerate(zip(bonds, (x, y, z), strict=True), 1)
+        spectra = {f"energy_{n}": leading((b @ b.mT)[None], r)[1] for n, (b, r) in pairs}
         cores = {"inp": inp, "below": (below / scale[:, None]).permute(2, 1, 0), "above": above.permute(2, 1, 0)}
         return {**cores, "out": out[0].mT, **spectra}
 
@@ -360,7 +361,9 @@ def _solved(factors: Factors, parts: int) -> tuple[Tensor, Tensor]:
     """Sums over every part of W M, and the weight X with X ΣM = ΣWM, both (types, parts, out, in)."""
     part = _parts(factors["seen"].shape[1], parts).to(factors["seen"].device)
     sums, gram = (
-        factors[name].new_zeros(factors[name].shape[0], parts, *factors[name].shape[2:]).index_add_(1, part, factors[name])
+        factors[name]
+        .new_zeros(factors[name].shape[0], parts, *factors[name].shape[2:])
+        .index_add_(1, part, factors[name])
         for name in ("seen", "moment")
     )
     return sums, torch.linalg.solve(gram, sums.mT).mT

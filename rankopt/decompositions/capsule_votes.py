@@ -125,7 +125,7 @@ def modes(layer: LayerSpec, weight: Tensor) -> Tensor:
 
 
 def moments(metric: Metric, weight: Tensor) -> Tensor:
-    """(in_caps, d_in, d_in) second moments of every capsule below in the weight's precision; equal ones without data."""
+    """(in_caps, d_in, d_in) second moments of every capsule below, like the weight; the identity without data."""
     size = weight.shape[2]
     if metric.patch is None:
         return torch.eye(size, dtype=weight.dtype, device=weight.device).expand(weight.shape[0], size, size)

@@ -22,8 +22,8 @@ class Kind(ABC):
         classes: the modules of this kind. A subclass of one is found too, and left alone.
         linear: whether its output, at `tap`, is its input times its weight, so that a change of the weight has a
             predictable loss. Where not, outputs are gathered in calibration, and what a candidate changes there counts.
-        moments: whether, although it is not linear, it multiplies its input (n, groups, in/groups) with its weight first,
-            so that the input's second moments tell where weights matter.
+        moments: whether, although not linear, it first multiplies its input (n, groups, in/groups) with its weight, so
+            that the input's second moments tell where weights matter.
         tokens: whether its inputs are row numbers of the weight.
     """
 

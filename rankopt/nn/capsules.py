@@ -2,8 +2,8 @@
 
 After Sabour, Frosst and Hinton, "Dynamic Routing Between Capsules" (2017). A capsule is a vector whose length says how
 certain it is that something is there. Capsule i below predicts every capsule j above by a matrix of its own,
-û[i, j] = W[i, j] u[i] (a *vote*), and routing finds how much of each vote counts: starting from equal shares, votes that
-agree with what the others add up to get more.
+û[i, j] = W[i, j] u[i] (a *vote*), and routing finds how much of each vote counts: starting from equal shares, votes
+that agree with what the others add up to get more.
 """
 
 from __future__ import annotations
@@ -127,9 +127,7 @@ class CapsuleLayer(RoutedCapsules):
         votes: holds the weight (in_caps, out_caps, d_out, d_in).
     """
 
-    def __init__(
-        self, in_caps: int, out_caps: int, d_out: int, d_in: int, iterations: int = 3, types: int = 1
-    ) -> None:
+    def __init__(self, in_caps: int, out_caps: int, d_out: int, d_in: int, iterations: int = 3, types: int = 1) -> None:
         super().__init__(in_caps, out_caps, d_out, d_in, iterations)
         if types < 1 or in_caps % types:
             raise ValueError(f"CapsuleLayer: needs types that divide the {in_caps} input capsules, got {types!r}")

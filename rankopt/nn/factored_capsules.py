@@ -1,4 +1,4 @@
-"""`FactoredCapsules`: a capsule layer whose votes come from a product of small tensors and, as a rule, are never formed.
+"""`FactoredCapsules`: a capsule layer whose votes are a product of small tensors and, as a rule, are never formed.
 
 Routing needs the votes û = W u in two products only: their sum weighted by the coupling, and their agreement with the
 capsules above. With W a product of factors, each is a sum of products that can be taken in any order. So what is done

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,14 +24,13 @@ sys.path.insert(0, str(STUDIES))
 
 import capsnet  # noqa: E402
 import mobilenet_v2  # noqa: E402
-import stories  # noqa: E402
 
 
 def _needs(name: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not (ROOT / name).exists(), reason=f"{ROOT / name} is not there")
 
 
-@pytest.mark.parametrize("name", ["capsnet_digits", "capsnet_mnist", "imagenet_mobilenet_v2", "voc_deeplab", "stories"])
+@pytest.mark.parametrize("name", ["capsnet_digits", "capsnet_mnist", "imagenet_mobilenet_v2", "voc_deeplab"])
 def test_study_files_are_sound(name: str) -> None:
     study = load_study(STUDIES / f"{name}.yaml")
     assert study.limits
@@ -43,7 +41,6 @@ def test_data_that_are_not_there_are_named(tmp_path: Path) -> None:
         lambda: mobilenet_v2.mobilenet_v2(str(tmp_path)),
         lambda: mobilenet_v2.segments(str(tmp_path))["test"](),
         lambda: mobilenet_v2.segments(folder=str(tmp_path))["test"](),
-        lambda: stories.storyteller(str(tmp_path)),
         lambda: capsnet.data(str(tmp_path))["calibration"](),
     ):
         with pytest.raises(DataError, match=str(tmp_path)):
@@ -128,11 +125,3 @@ def test_deeplab_segments_pictures() -> None:
     assert sum(p.numel() for p in net.parameters()) == 2_097_013
     found = mobilenet_v2.segments(str(ROOT), side=257, calibration=2)["calibration"]()
     assert mobilenet_v2.mean_iou(net, as_batches([found])) > 70
-
-
-@_needs("text/stories260K.bin")
-def test_the_storyteller_tells_stories() -> None:
-    net: Any = stories.storyteller(str(ROOT))
-    found = stories.data(str(ROOT))["test"]()
-    assert int((found[1] != -1).sum()) == 1804
-    assert stories.mean_nats(net, as_batches([found])) == pytest.approx(-1.2664, abs=1e-3)

@@ -108,7 +108,7 @@ class Decomposition(ABC):
     @abstractmethod
     def weights_of(self, layer: LayerSpec, ranks: Mapping[str, int], built: nn.Module) -> list[Tensor]:
         """The tensors out of a built module: views of its parameters, with gradients. Raises `ValueError` where it was
-        not built by this method at these ranks."""
+        not built by this method at these ranks: what the model has instead, as "has other ranks there"."""
 
     def bias_of(self, built: nn.Module) -> Tensor | None:
         """The bias out of a built module."""

@@ -170,9 +170,9 @@ class TensorizedDecomposition(Decomposition):
     def weights_of(self, layer: LayerSpec, ranks: Mapping[str, int], built: nn.Module) -> list[Tensor]:
         """The module's parameters."""
         if not isinstance(built, Contracted | ContractedEmbedding):
-            raise ValueError(f"{layer.name}: is no tensor network")
+            raise ValueError("has no tensor network there")
         if [tuple(t.shape) for t in built.tensors] != self.stage_shapes(layer, ranks):
-            raise ValueError(f"{layer.name}: has other ranks than {dict(ranks)}")
+            raise ValueError("has other ranks there")
         return list(built.tensors)
 
     def reconstruct(self, layer: LayerSpec, weights: Sequence[Tensor]) -> Tensor:

@@ -87,11 +87,11 @@ class CapsuleVotes(Decomposition):
     def weights_of(self, layer: LayerSpec, ranks: Mapping[str, int], built: nn.Module) -> list[Tensor]:
         """Of the module."""
         if not isinstance(built, FactoredCapsules) or built.network != self.network(layer):
-            raise ValueError(f"{layer.name}: is no capsule layer of {self.name}")
+            raise ValueError(f"has no capsule layer of {self.name} there")
         rows = torch.empty(built.iterations, 0)
         weights = [*built.factors, rows.to(next(built.parameters()))]
         if [tuple(w.shape) for w in weights] != self.stage_shapes(layer, ranks):
-            raise ValueError(f"{layer.name}: has other ranks than {dict(ranks)}")
+            raise ValueError("has other ranks there")
         return weights
 
     def ranks_of(self, layer: LayerSpec, weights: Sequence[Tensor]) -> dict[str, int]:

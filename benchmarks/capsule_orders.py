@@ -78,7 +78,9 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     if options.record:
-        head = "# Parameters and MACs of the reference capsule layer\n\n    python benchmarks/capsule_orders.py --record "
+        head = (
+            "# Parameters and MACs of the reference capsule layer\n\n    python benchmarks/capsule_orders.py --record "
+        )
         dense = f"\n\nDense: {spec.params:,} parameters, {DENSE:,} MACs an image, of which routing is {5 / 13:.0%}.\n\n"
         options.record.write_text(f"{head}{options.record}{dense}{text}")
 

@@ -29,12 +29,11 @@ IGNORED = -1
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-def same(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Zeros around, so that the output is as large as the input over the stride; an odd one goes to the right."""
+def same(x: Tensor, stride: int, dilation: int = 1) -> Tensor:
+    """Zeros around for a 3×3 kernel, so that the output is as large as the input over the stride; an odd one goes right."""
     sides: list[int] = []
     for d in (3, 2):
-        stride, reach = conv.stride[d - 2], conv.dilation[d - 2] * (conv.kernel_size[d - 2] - 1)
-        total = max((-(-x.shape[d] // stride) - 1) * stride + reach + 1 - x.shape[d], 0)
+        total = max((-(-x.shape[d] // stride) - 1) * stride + 2 * dilation + 1 - x.shape[d], 0)
         sides += [total // 2, total - total // 2]
     return F.pad(x, sides) if any(sides) else x
 
@@ -48,12 +47,13 @@ class Block(nn.Module):
         self.expand = nn.Conv2d(inputs, inner, 1) if expansion > 1 else None
         self.dw = nn.Conv2d(inner, inner, 3, stride, dilation=dilation, groups=inner)
         self.project = nn.Conv2d(inner, outputs, 1)
+        self.stride, self.dilation = stride, dilation
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, inputs, h, w) to (n, outputs, h / stride, w / stride)."""
         y = F.relu6(self.expand(x)) if self.expand is not None else x
-        y = self.project(F.relu6(self.dw(same(y, self.dw))))
+        y = self.project(F.relu6(self.dw(same(y, self.stride, self.dilation))))
         return x + y if self.residual else y
 
 
@@ -74,7 +74,7 @@ class Body(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, 3, h, w) to (n, 320, h / 32, w / 32), or h / 16 where dilated."""
-        x = F.relu6(self.stem(same(x, self.stem)))
+        x = F.relu6(self.stem(same(x, 2)))
         for name, block in self.named_children():
             x = block(x) if name != "stem" else x
         return x
@@ -89,7 +89,7 @@ class MobileNetV2(Body):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, 3, 224, 224) to (n, classes)."""
-        x = F.relu6(self.stem(same(x, self.stem)))
+        x = F.relu6(self.stem(same(x, 2)))
         for name, block in self.named_children():
             x = block(x) if name.startswith("block") else x
         return self.fc(F.relu6(self.head(x)).mean((2, 3)))

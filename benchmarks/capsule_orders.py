@@ -81,7 +81,7 @@ def main() -> None:
         head = (
             "# Parameters and MACs of the reference capsule layer\n\n    python benchmarks/capsule_orders.py --record "
         )
-        dense = f"\n\nDense: {spec.params:,} parameters, {DENSE:,} MACs an image, of which routing is {5 / 13:.0%}.\n\n"
+        dense = f"\n\nDense: {spec.params:,} parameters, {DENSE:,} MACs an image; routing is {5 / 13:.0%} of them.\n\n"
         options.record.write_text(f"{head}{options.record}{dense}{text}")
 
 

@@ -30,7 +30,7 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def same(x: Tensor, stride: int, dilation: int = 1) -> Tensor:
-    """Zeros around for a 3×3 kernel, so that the output is as large as the input over the stride; an odd one goes right."""
+    """Zeros around, as a 3×3 kernel needs for an output as large as the input over the stride; an odd one right."""
     sides: list[int] = []
     for d in (3, 2):
         total = max((-(-x.shape[d] // stride) - 1) * stride + 2 * dilation + 1 - x.shape[d], 0)

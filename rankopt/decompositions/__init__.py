@@ -6,6 +6,7 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from rankopt.decompositions.block_term import BlockTerm
+from rankopt.decompositions.capsule_methods import CapsCp, CapsRouting, CapsShared, CapsSvd, CapsTt, CapsTucker
 from rankopt.decompositions.cp import Cp
 from rankopt.decompositions.cp_matrix import CpMatrix
 from rankopt.decompositions.decomposition import Decomposition
@@ -29,6 +30,7 @@ _OWN: tuple[type[Decomposition], ...] = (
     *(Svd, SvdIn, SpatialSvd, Tucker2, Tucker, Cp, TensorTrain, TensorRing),
     *_TENSORIZED,
     *(memory(cls) for cls in _TENSORIZED),
+    *(CapsSvd, CapsTucker, CapsCp, CapsTt, CapsShared, CapsRouting),
 )
 
 

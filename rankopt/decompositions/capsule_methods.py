@@ -1,4 +1,4 @@
-"""The methods for capsule layers: `caps_svd`, `caps_tucker`, `caps_cp`, `caps_tt`, `caps_routing`; `caps_shared` is in `shared_votes`.
+"""The methods for capsule layers but one: `caps_svd`, `caps_tucker`, `caps_cp`, `caps_tt`, `caps_routing`.
 
 Factors by the letters of `capsule_votes`, ranks in capitals:
 

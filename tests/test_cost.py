@@ -28,8 +28,8 @@ class Convs(nn.Module):
         self.up = nn.ConvTranspose2d(12, 6, 3, stride=2, output_padding=1, groups=3)
         self.dw = nn.Conv2d(6, 6, 3, groups=6)
         self.pool = nn.AdaptiveAvgPool2d(2)
-        self.fc = nn.Linear(24, 5)
-        self.twice = nn.Linear(5, 5)
+        self.fc = nn.Linear(24, 16)
+        self.twice = nn.Linear(16, 16)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dw(self.up(self.b(F.relu(self.bn(self.a(x))))))
@@ -65,7 +65,8 @@ def test_three_counts_agree_where_there_are_only_layers(model: nn.Module, exampl
     assert other_macs(counted, layers) == 0
 
 
-@pytest.mark.parametrize("name", sorted(table()))
+# capsule layers are in no such model; test_capsules.py counts their methods
+@pytest.mark.parametrize("name", sorted(name for name in table() if not name.startswith("caps_")))
 def test_plans_cost_what_the_built_model_costs(name: str) -> None:
     model, example, _ = copy.deepcopy(CASES[0])
     decomposition = table()[name]
@@ -75,8 +76,7 @@ def test_plans_cost_what_the_built_model_costs(name: str) -> None:
         if layer.skip is None and decomposition.why_not(layer) is None:
             bounds = decomposition.rank_bounds(layer)
             choices[layer.name] = LayerChoice(name, {k: max(1, bound // 2) for k, bound in bounds.items()})
-    if not choices:
-        pytest.skip(f"{name} fits no layer of this model; its own test counts it")
+    assert choices
     plan = Plan({**choices, "dw": DENSE})
     dense = count(model, example)
     predicted = plan_cost(layers, plan, dense.params, other_macs(dense, layers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,11 +61,15 @@ class Projections:
 
     def to(self, *args: Any) -> Projections:
         """In another dtype or on another device."""
-        return Projections(**{k: None if v is None else v.to(*args) for k, v in vars(self).items()})
+        return self._each(lambda t: t.to(*args))
 
     def detached(self) -> Projections:
         """Without gradients."""
-        return Projections(**{k: None if v is None else v.detach() for k, v in vars(self).items()})
+        return self._each(Tensor.detach)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Projections:
+        values: dict[str, Any] = {name: None if v is None else change(v) for name, v in vars(self).items()}
+        return Projections(**values)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -95,9 +100,9 @@ class Seen:
 def unpacked(shape: Shape, weight: Tensor) -> Projections:
     """The projections out of the layer's weight (1, 4 · width + 1, channels + 1)."""
     q, k, v, o = weight[0, :-1].chunk(4)
-    biases = [part[:, -1] for part in (q, k, v)] if shape.bias else [None] * 3
+    bq, bk, bv = (part[:, -1] if shape.bias else None for part in (q, k, v))
     last = weight[0, -1, :-1] if shape.bias_out else None
-    return Projections(q[:, :-1], k[:, :-1], v[:, :-1], o[:, :-1].transpose(0, 1), *biases, last)
+    return Projections(q[:, :-1], k[:, :-1], v[:, :-1], o[:, :-1].transpose(0, 1), bq, bk, bv, last)
 
 
 def packed(dense: Projections) -> Tensor:

@@ -76,8 +76,8 @@ class _Torch(Style):
 
     def read(self, module: nn.MultiheadAttention) -> Projections:
         q, k, v = module.in_proj_weight.chunk(3)
-        biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
-        return Projections(q, k, v, module.out_proj.weight, *biases, module.out_proj.bias)
+        bq, bk, bv = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+        return Projections(q, k, v, module.out_proj.weight, bq, bk, bv, module.out_proj.bias)
 
     def state(self, dense: Projections) -> dict[str, Tensor | None]:
         bias = None if dense.bq is None else _together(dense.bq, dense.bk, dense.bv)
@@ -144,7 +144,8 @@ class _Gpt2(_Named):
 
     def read(self, module: Any) -> Projections:
         q, k, v = module.c_attn.weight.mT.chunk(3)
-        return Projections(q, k, v, module.c_proj.weight.mT, *module.c_attn.bias.chunk(3), module.c_proj.bias)
+        bq, bk, bv = module.c_attn.bias.chunk(3)
+        return Projections(q, k, v, module.c_proj.weight.mT, bq, bk, bv, module.c_proj.bias)
 
     def state(self, dense: Projections) -> dict[str, Tensor | None]:
         return {

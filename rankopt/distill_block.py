@@ -103,7 +103,7 @@ def _cut(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
     for example in examples:
         cut = min(max(border - start, 0), len(example.x))
         for part, piece in zip(parts, (slice(0, cut), slice(cut, None)), strict=True):
-            taken = Example(*(None if t is None else t[piece] for t in example))
+            taken = Example(example.x[piece], example.y[piece], None if example.keep is None else example.keep[piece])
             if len(taken.x):
                 part.append(taken)
         start += len(example.x)

@@ -1,15 +1,14 @@
-"""`Gatherer`: what calibration keeps of one layer while data run through the model; one class a form of statistics.
+"""What calibration keeps of one layer, one class a form of statistics.
 
 `WeightGatherer` for layers that multiply inputs with a weight, `TokenGatherer` for embeddings, `BlockGatherer` for
-layers that are more than that. `gatherer` picks by the layer's kind.
+layers that are more than that, `MomentGatherer` for those of them that begin with a product. `gatherer` picks by the
+layer's kind.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ from rankopt.block_samples import BlockSample, BlockSamples
 from rankopt.by_sample import batched, by_sample, given, out_size
 from rankopt.decompositions.metric import Metric
 from rankopt.divergence import pick
-from rankopt.fisher import FisherSamples, GradientSamples, by_position, weight_gradients
+from rankopt.fisher import FisherSamples, by_position, weight_gradients
+from rankopt.gatherer import CalibrationOptions, Gatherer, LayerStatistics, Seen
 from rankopt.kinds import kind_named
 from rankopt.layer_spec import LayerSpec
 from rankopt.nest import mapped, tensors
@@ -27,111 +27,12 @@ from rankopt.patches import output_rows, patches
 from rankopt.token_statistics import TokenPiece, TokenSamples
 
 
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """How much is gathered.
-
-    Attributes:
-        fisher_samples: samples of which gradients are taken (the first ones).
-        draws: labels drawn for each of them.
-        temperature: of the distribution that they are drawn from. Above 1, samples that the model knows by heart (its
-            training data) still say which changes matter: their plain gradients vanish, their errors later don't.
-        max_rows: output positions a layer's moment is made of, spread evenly over the samples (None: all).
-        max_patch: the largest patch (in/groups · kernel) whose full moment is held; above, the channels' alone.
-        piece: samples that run through the model at once.
-        layer_bytes: memory for one layer's gradients; fewer samples are kept where they don't fit.
-        seed: for positions and labels.
-    """
-
-    fisher_samples: int = 256
-    draws: int = 4
-    temperature: float = 2.0
-    max_rows: int | None = 2**17
-    max_patch: int = 5120
-    piece: int = 32
-    layer_bytes: int = 192 * 2**20
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class LayerStatistics:
-    """Second moments (`metric`) and gradients (`fisher`) of a layer; calls of it where its weight predicts nothing."""
-
-    metric: Metric
-    fisher: GradientSamples | BlockSamples
-
-
-@dataclass
-class Seen:
-    """One call of a layer while gradients are taken.
-
-    Attributes:
-        role: which of the gatherer's taps was called.
-        kept: what the gatherer keeps of it.
-        gradients: of the output, one a draw, filled in by the backward passes.
-    """
-
-    role: str
-    kept: Any
-    gradients: list[Tensor] = field(default_factory=list)
-
-
-class Gatherer(ABC):
-    """Running sums of one layer.
-
-    Args:
-        layer, options: what of, and how much.
-        samples: how many there will be in all.
-    """
-
-    def __init__(self, layer: LayerSpec, options: CalibrationOptions, samples: int) -> None:
-        self.layer, self.options, self.total = layer, options, samples
-        self.calls: list[Seen] = []
-        self.held = 0
-        self.generator = torch.Generator().manual_seed(options.seed)
-
-    def taps(self, modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
-        """The modules that are looked at, each with the role that it has here."""
-        return [("", kind_named(self.layer).tap(modules[self.layer.name]))]
-
-    def alone(self, role: str, x: Tensor) -> None:  # noqa: B027
-        """Told once what the module is given when the model is run on a single sample."""
-
-    @abstractmethod
-    def look(self, role: str, x: Tensor) -> None:
-        """See the input of one call."""
-
-    @abstractmethod
-    def keep(self, role: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
-        """What is kept of a call whose output's gradients are taken: copies, since modules may work in place."""
-
-    def close_piece(self, samples: int) -> None:
-        """Turn the calls of one piece into samples, and forget them."""
-        calls, self.calls = self.calls, []
-        if calls and all(len(c.gradients) == len(calls[0].gradients) > 0 for c in calls):
-            self.take(calls, samples)
-
-    @abstractmethod
-    def take(self, calls: list[Seen], samples: int) -> None:
-        """Keep the gradients of a piece in which every call has as many of them as there were draws."""
-
-    @abstractmethod
-    def finish(self) -> LayerStatistics:
-        """Means of the sums."""
-
-    def _room(self, samples: int, each: int) -> int:
-        """How many of a piece's samples are kept when one takes so many bytes; at least one of the first piece."""
-        room = max(self.options.layer_bytes - self.held, 0) // each
-        take = min(samples, room) if self.held else max(1, min(samples, room))
-        self.held += take * each
-        return take
-
-
 def gatherer(layer: LayerSpec, options: CalibrationOptions, samples: int) -> Gatherer:
     """The one that fits the layer's kind."""
     kind = kind_named(layer)
-    form = BlockGatherer if not kind.linear else TokenGatherer if kind.tokens else WeightGatherer
-    return form(layer, options, samples)
+    if not kind.linear:
+        return MomentGatherer(layer, options, samples) if kind.moments else BlockGatherer(layer, options, samples)
+    return (TokenGatherer if kind.tokens else WeightGatherer)(layer, options, samples)
 
 
 class WeightGatherer(Gatherer):
@@ -337,3 +238,22 @@ class BlockGatherer(Gatherer):
     def finish(self) -> LayerStatistics:
         """No metric."""
         return LayerStatistics(Metric(), BlockSamples(tuple(self.samples), self.module))
+
+
+class MomentGatherer(BlockGatherer):
+    """Calls, and the second moment of what each group is given."""
+
+    def __init__(self, layer: LayerSpec, options: CalibrationOptions, samples: int) -> None:
+        super().__init__(layer, options, samples)
+        g, _, i, *_ = layer.group_shape
+        self.moment, self.rows = torch.zeros(g, i, i, dtype=torch.float64), 0
+
+    def look(self, role: str, x: Tensor) -> None:
+        """Add to the moments."""
+        rows = x.reshape(-1, *self.moment.shape[:2]).transpose(0, 1).float()
+        self.moment += (rows.mT @ rows).to(self.moment)
+        self.rows += rows.shape[1]
+
+    def finish(self) -> LayerStatistics:
+        """Means of the sums, and the calls."""
+        return LayerStatistics(Metric(patch=self.moment / max(self.rows, 1)), super().finish().fisher)

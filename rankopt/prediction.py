@@ -14,7 +14,7 @@ from rankopt.decompositions import method
 from rankopt.errors import RefusedDecomposition
 from rankopt.factors import Factors
 from rankopt.fisher import GradientSamples
-from rankopt.gathering import LayerStatistics
+from rankopt.gatherer import LayerStatistics
 from rankopt.layer_spec import LayerSpec
 from rankopt.plan import DENSE, LayerChoice
 

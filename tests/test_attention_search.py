@@ -112,7 +112,7 @@ def test_what_is_left_alone() -> None:
     assert "no self-attention" in str(layer.skip)
     (layer,) = [la for la in find_layers(Crossed(add_bias_kv=True), x) if la.kind == "attention"]
     assert "add_bias_kv" in str(layer.skip)
-    with pytest.raises(LayerError, match="more than one weight"):
+    with pytest.raises(LayerError, match="more than one matrix"):
         rankopt.apply(net(), Plan({BOTH[0]: LayerChoice("svd", {"rank": 2})}))
     with pytest.raises(LayerError, match="self-attention"):
         rankopt.apply(net(), Plan({"head": LayerChoice("attention_nmf", {"rank": 2, "steps": 1})}))

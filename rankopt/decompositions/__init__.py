@@ -14,11 +14,13 @@ from rankopt.decompositions.attention_mixers import (
     AttentionPnmf,
 )
 from rankopt.decompositions.block_term import BlockTerm
+from rankopt.decompositions.capsule_methods import CapsCp, CapsRouting, CapsSvd, CapsTt, CapsTucker
 from rankopt.decompositions.cp import Cp
 from rankopt.decompositions.cp_matrix import CpMatrix
 from rankopt.decompositions.decomposition import Decomposition
 from rankopt.decompositions.hierarchical_tucker import HierarchicalTucker
 from rankopt.decompositions.ring_matrix import RingMatrix
+from rankopt.decompositions.shared_votes import CapsShared
 from rankopt.decompositions.spatial_svd import SpatialSvd
 from rankopt.decompositions.svd import Svd, SvdIn
 from rankopt.decompositions.tensor_ring import TensorRing
@@ -37,6 +39,7 @@ _OWN: tuple[type[Decomposition], ...] = (
     *(Svd, SvdIn, SpatialSvd, Tucker2, Tucker, Cp, TensorTrain, TensorRing),
     *_TENSORIZED,
     *(memory(cls) for cls in _TENSORIZED),
+    *(CapsSvd, CapsTucker, CapsCp, CapsTt, CapsShared, CapsRouting),
     *(AttentionHeads, AttentionApart, AttentionFused),
     *(AttentionNystrom, AttentionNmf, AttentionPnmf, AttentionNtf, AttentionNtfGrid),
 )

@@ -138,7 +138,7 @@ class AttentionApart(AttentionMethod):
     def prepare(self, shape: Shape, dense: Projections, moments: Moments) -> Factors:
         """Four weighted singular value decompositions."""
         metrics = {"q": key_gram, "k": query_gram}
-        found: dict[str, Tensor] = {} if dense.bo is None else {"bo": dense.bo.double()}
+        found: dict[str, Tensor] = {}
         for name in ("q", "k", "v"):
             weight: Tensor = getattr(dense, name).double()
             gram = metrics[name](dense, shape, moments) if name in metrics else output_gram(dense, shape)
@@ -266,7 +266,8 @@ def _prepared_outward(shape: Shape, dense: Projections, moments: Moments) -> dic
     o = dense.o.double()
     eye = torch.eye(len(o), dtype=o.dtype)[None]
     first, last, energy = weighted_svd(o, eye, moments.values)
-    return {"o": o, "first_o": first, "last_o": last, "energy_o": energy}
+    found = {"o": o, "first_o": first, "last_o": last, "energy_o": energy}
+    return found if dense.bo is None else found | {"bo": dense.bo.double()}
 
 
 def _sliced_outward(shape: Shape, factors: Factors, rank: int) -> list[Tensor]:

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from rankopt.decompositions.metric import Metric
 from rankopt.errors import LayerError
-from rankopt.kinds import kind_named
 from rankopt.layer_spec import LayerSpec
 
 # Whole numbers, or integer arrays when many ranks are costed at once.
 Rank = Any
 Ranks = Mapping[str, Rank]
 Factors = Mapping[str, Tensor]
+
+MATRICES = ("linear", "embedding")  # kinds without spatial dimensions whose weight is one matrix
 
 
 class Decomposition(ABC):
@@ -61,6 +62,11 @@ class Decomposition(ABC):
     @abstractmethod
     def rank_bounds(self, layer: LayerSpec) -> dict[str, int]:
         """The largest useful value of every rank."""
+
+    def counted(self, layer: LayerSpec) -> tuple[str, ...]:
+        """Those of its ranks that are counts of something, such as iterations, which no spectrum orders: candidates are
+        made for each of their values."""
+        return ()
 
     @abstractmethod
     def factorize(self, layer: LayerSpec, weight: Tensor, metric: Metric) -> Factors:
@@ -182,9 +188,9 @@ class Decomposition(ABC):
 
 
 def one_channel(layer: LayerSpec) -> str | None:
-    """Why a method that splits channels does not fit: a group has a single one, or the layer is more than a weight."""
-    if not kind_named(layer).linear:
-        return "the layer is more than one weight"
+    """Why a method that splits channels does not fit: a group has a single one, or the weight is no matrix."""
+    if layer.dims == 0 and layer.kind not in MATRICES:
+        return f"a layer of kind {layer.kind} is more than one matrix"
     _, o, i, *_ = layer.group_shape
     if o == 1 or i == 1:
         side = "input" if i == 1 else "output"

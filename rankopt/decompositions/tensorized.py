@@ -25,10 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rankopt.decompositions.decomposition import Decomposition, Ranks, wide
+from rankopt.decompositions.decomposition import MATRICES, Decomposition, Ranks, wide
 from rankopt.decompositions.metric import Metric
 from rankopt.errors import LayerError
-from rankopt.kinds import kind_named
 from rankopt.layer_spec import LayerSpec
 from rankopt.nn.contracted import Contracted, ContractedEmbedding, multiplied, owned
 from rankopt.nn.network import Network
@@ -72,7 +71,7 @@ class TensorizedDecomposition(Decomposition):
 
     def why_not(self, layer: LayerSpec) -> str | None:
         """Fits linear layers and embeddings that are not too small."""
-        if layer.dims or layer.groups > 1 or not kind_named(layer).linear:
+        if layer.kind not in MATRICES:
             return "only the matrix of a linear layer or an embedding is turned into a tensor"
         if self.rebuilt and layer.kind == "embedding":
             return "rows of an embedding are looked up; its dense weight is never needed"

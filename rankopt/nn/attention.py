@@ -86,7 +86,7 @@ class Apart(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        parts = self.first(x).split([last.in_features for last in self.lasts], dim=-1)  # type: ignore[misc]
+        parts = self.first(x).split([last.in_features for last in self.lasts], dim=-1)
         return torch.cat([last(part) for last, part in zip(self.lasts, parts, strict=True)], -1)
 
 

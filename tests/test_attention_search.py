@@ -42,15 +42,15 @@ MIXERS = [name for name in CUT if name not in FULL]
 
 
 class Net(nn.Module):
-    """Nine tokens of three numbers each; two encoder layers, perhaps causal."""
+    """Nine tokens of three numbers each; encoder layers, perhaps causal."""
 
-    def __init__(self, causal: bool = False, batch_first: bool = True) -> None:
+    def __init__(self, causal: bool = False, batch_first: bool = True, depth: int = 2) -> None:
         super().__init__()
         self.causal, self.batch_first = causal, batch_first
         self.embed = nn.Linear(3, 8)
         self.positions = nn.Parameter(torch.randn(9, 8))
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=batch_first, norm_first=True) for _ in range(2)
+            nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=batch_first, norm_first=True) for _ in range(depth)
         )
         self.head = nn.Linear(8, 4)
 
@@ -146,6 +146,24 @@ def test_costs_skeleton_and_saving(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(load(tmp_path / "m", net())(X), small(X))
     assert {m.training for m in rankopt.apply(net().train(), plan).modules()} == {True}
+
+
+def test_every_method_is_exported_with_a_free_batch_size(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = Net(depth=len(CUT)).eval()
+    choices = {f"layers.{n}.self_attn": LayerChoice(name, CUT[name]) for n, name in enumerate(CUT)}
+    plan = Plan(choices, fingerprint(model))
+    small = rankopt.apply(model, plan)
+    save(tmp_path / "m", small, plan, measurements={}, exports=["onnx", "pt2"], example=((X,), {}))
+    session = onnxruntime.InferenceSession(tmp_path / "m" / "model.onnx")
+    alone = load(tmp_path / "m", standalone=True)
+    for n in (1, 3, 17):
+        x = torch.randn(n, 9, 3)
+        with torch.no_grad():
+            expected = small(x)
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(alone(x), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", FULL)

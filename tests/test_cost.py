@@ -65,8 +65,8 @@ def test_three_counts_agree_where_there_are_only_layers(model: nn.Module, exampl
     assert other_macs(counted, layers) == 0
 
 
-# capsule layers are in no such model; test_capsules.py counts their methods
-@pytest.mark.parametrize("name", sorted(name for name in table() if not name.startswith("caps_")))
+# such layers are in no such model; test_capsules.py and test_attention_search.py count their methods
+@pytest.mark.parametrize("name", sorted(name for name in table() if not name.startswith(("caps_", "attention_"))))
 def test_plans_cost_what_the_built_model_costs(name: str) -> None:
     model, example, _ = copy.deepcopy(CASES[0])
     decomposition = table()[name]

@@ -24,6 +24,8 @@ from rankopt.manifest import Manifest
 from rankopt.plan import LayerChoice, Plan
 from rankopt.testing import GEOMETRIES, MATRICES
 
+# methods of layers that are in no such model; those are exported in test_capsules.py and test_attention_search.py
+PLAIN = [name for name in table() if not name.startswith(("caps_", "attention_"))]
 HERE = [name for name, one in FORMATS.items() if one.missing() is None]
 
 
@@ -45,8 +47,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Modul
 
 def test_all_methods_and_kinds_are_there(everything: tuple[Path, nn.Module, tuple[Tensor, ...]]) -> None:
     names = [name for name, _ in everything[1].branches.named_children()]  # type: ignore[union-attr]
-    wanted = {name for name in table() if not name.startswith("caps_")}  # those are exported in test_capsules.py
-    assert {name for name in table() if any(n.endswith(f"_{name}") for n in names)} == wanted
+    assert {name for name in table() if any(n.endswith(f"_{name}") for n in names)} == set(PLAIN)
     assert len(names) >= 30
 
 
@@ -112,7 +113,7 @@ def test_what_is_stated(everything: tuple[Path, nn.Module, tuple[Tensor, ...]]) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["onnx", "pt2", "openvino"])
-@pytest.mark.parametrize("method", table())
+@pytest.mark.parametrize("method", PLAIN)
 def test_the_whole_matrix_of_geometries(name: str, method: str, tmp_path: Path) -> None:
     if name not in HERE:
         pytest.skip(f"{name}: {exporter(name).missing()}")

@@ -134,7 +134,12 @@ class NarrowMethod(Decomposition):
         return list(built.parameters())
 
     def distil(
-        self, layer: LayerSpec, weights: Sequence[Tensor], dense: nn.Module, samples: BlockSamples
+        self,
+        layer: LayerSpec,
+        ranks: Mapping[str, int],
+        weights: Sequence[Tensor],
+        dense: nn.Module,
+        samples: BlockSamples,
     ) -> list[Tensor]:
         """The output side, by least squares."""
         x = torch.cat([call.args[0].flatten(0, -2) for call in samples]).double()

@@ -161,10 +161,17 @@ def test_every_method_has_a_row() -> None:
         "depthwise": find_layers(nn.Sequential(nn.Conv2d(4, 4, 3, groups=4)), torch.randn(1, 4, 5, 5))[0],
         "convolution": find_layers(nn.Sequential(nn.Conv3d(4, 4, 3)), torch.randn(1, 4, 5, 5, 5))[0],
     }
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    x, mask = torch.randn(2, 9, 8), torch.ones(9, 9, dtype=torch.bool).triu(1)
+    attention, causal = (find_layers(encoder, x, given)[0] for given in ({}, {"src_mask": mask}))
     for name, fits, ranks in rows[:-1]:
         way = table()[name]
-        if fits == "capsules":  # test_capsules.py has their ranks
+        if fits == "capsules" or fits.startswith("self-attention"):  # test_capsules.py has the ranks of the first
             assert all(way.why_not(layer) for layer in layers.values()), name
+            if fits != "capsules":
+                assert tuple(re.findall(r"`(\w+)`", ranks)) == way.rank_names(attention)
+                assert (way.why_not(causal) is None) == ("not causal" not in fits)
+                assert way.why_not(attention) is None
             continue
         assert (way.why_not(layers["Linear"]) is None) == ("Linear" in fits), name
         tensors = fits == "Linear, Embedding"

@@ -33,7 +33,7 @@ from rankopt.errors import DataError
 RUNS = Path(__file__).parent / "runs"
 WORDS, CONTEXT = 2048, 64
 UNKNOWN, END, MASK = 0, 1, 2
-WIDTH, HEADS, DEPTH = 128, 4, 2
+WIDTH, HEADS, DEPTH = 128, 4, 4
 MASKED = 0.15
 
 
@@ -75,12 +75,12 @@ class TextModel(nn.Module):
         return self.norm(x)
 
 
-def language_model(steps: int = 1000, root: str | None = None) -> nn.Module:
+def language_model(steps: int = 800, root: str | None = None) -> nn.Module:
     """The trained language model."""
     return _trained("gpt", True, steps, root)
 
 
-def encoder(steps: int = 800, root: str | None = None) -> nn.Module:
+def encoder(steps: int = 500, root: str | None = None) -> nn.Module:
     """The trained encoder."""
     return _trained("encoder", False, steps, root)
 

@@ -91,3 +91,8 @@ class TrainingError(RankoptError):
 
 class UncountedOperationError(RankoptError):
     """An operation with arithmetic in it that no counter knows."""
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return error.message if isinstance(error, RankoptError) else " ".join(f"{type(error).__name__}: {error}".split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -185,30 +186,53 @@ class Evaluator:
                 of building the plan.
         """
         start = time.perf_counter()
-        measured = self.costs(plan)
-        if self.devices is not None:
-            measured |= self.devices.predicted(plan)
-        stopped = self._broken(measured, limits) or self._hopeless(plan, limits)
-        if stopped:
-            return self._ended(measured, limits, stopped, {}, start)
-        notes: dict[str, float] = {}
-        if known is None:
-            quality, notes["bn"] = self._judged(plan)
-        else:
-            quality, notes["bn"] = {k: v for k, v in known.items() if k != "bn"}, known.get("bn", 0.0)
-        measured |= quality
+        early = self.early(plan, limits)
+        if early is not None:
+            return early
+        known = self.judge(plan) if known is None else known
+        measured = self._known(plan, known)
         stopped = self._broken(measured, limits)
         if self.devices is not None and not stopped and worth(measured):
             measured |= self.devices.measured(plan)
             stopped = self._broken(measured, limits)
-        return self._ended(measured, limits, stopped, notes, start)
+        return self._ended(measured, limits, stopped, {"bn": known.get("bn", 0.0)}, start)
 
-    def _judged(self, plan: Plan) -> tuple[dict[str, float], float]:
-        """Quality of the built model, and whether batch norm was recalibrated for it."""
-        found = self._judged_once(plan, quick=True)
+    def early(self, plan: Plan, limits: Sequence[Limit]) -> Evaluation | None:
+        """What comes out if a limit is broken by what is known before anything is built; None if none is."""
+        start = time.perf_counter()
+        measured = self._known(plan, {})
+        stopped = self._broken(measured, limits) or self._hopeless(plan, limits)
+        return self._ended(measured, limits, stopped, {}, start) if stopped else None
+
+    def judge(self, plan: Plan) -> dict[str, float]:
+        """Quality of the built model, and ``bn``: whether batch norm was recalibrated for it. Needs no device."""
+        found, bn = self._judged_once(plan, quick=True)
         # weights that nearly cancel can come out wrong in few digits
-        exact = self.fast.bfloat16 and found[0]["kl"] > _LOST
-        return self._judged_once(plan, quick=False) if exact else found
+        if self.fast.bfloat16 and found["kl"] > _LOST:
+            found, bn = self._judged_once(plan, quick=False)
+        return {**found, "bn": bn}
+
+    def to_measure(
+        self,
+        plan: Plan,
+        limits: Sequence[Limit],
+        worth: Callable[[Mapping[str, float]], bool],
+        known: Mapping[str, float],
+    ) -> bool:
+        """Whether a call with the same arguments would go on to the devices."""
+        measured = self._known(plan, known)
+        return bool(self.devices) and not self._broken(measured, limits) and worth(measured)
+
+    def travelling(self) -> Evaluator:
+        """The same without its devices: all that `judge` needs, to be sent to another process."""
+        other = copy.copy(self)
+        other.devices = None
+        return other
+
+    def _known(self, plan: Plan, known: Mapping[str, float]) -> dict[str, float]:
+        """Costs, predictions, and what is known of the quality."""
+        predicted = {} if self.devices is None else self.devices.predicted(plan)
+        return self.costs(plan) | predicted | {k: v for k, v in known.items() if k != "bn"}
 
     def _judged_once(self, plan: Plan, quick: bool) -> tuple[dict[str, float], float]:
         built = self.build(plan, bn=False if self.bn == "auto" else None, quick=quick)

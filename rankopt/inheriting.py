@@ -5,8 +5,9 @@ from __future__ import annotations
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from rankopt.errors import reason_of
 from rankopt.ledger import EXCESS, NOTES, PLAN, PLAN_DIGEST, PROPOSAL, REASON, VALUES, Judged, layer_parameters
-from rankopt.loop import Evaluate, Loop, reason_of
+from rankopt.loop import Evaluate, Loop
 from rankopt.strategies.strategy import Proposal
 from rankopt.worth import told_values
 

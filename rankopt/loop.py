@@ -17,7 +17,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from rankopt.errors import KilledError, RankoptError
+from rankopt.errors import KilledError, RankoptError, reason_of
 from rankopt.evaluate import Evaluation
 from rankopt.ledger import (
     EXCESS,
@@ -345,8 +345,3 @@ class Loop:
         except RankoptError:
             best = None
         return Progress(self.done, trials, seconds, best, volume(result), entry=self._last)
-
-
-def reason_of(error: BaseException) -> str:
-    """What an error says, on one line."""
-    return error.message if isinstance(error, RankoptError) else " ".join(f"{type(error).__name__}: {error}".split())

@@ -25,6 +25,14 @@ class Spool:
         self._files: dict[str, Path] = {}
         self._directory: tempfile.TemporaryDirectory[str] | None = None
 
+    def __getstate__(self) -> dict[str, object]:
+        """All entries, wherever they wait: the files stay on this machine."""
+        entries = {key: self._memory[key] if key in self._memory else load_file(self._files[key]) for key in self._keys()}
+        return {"max_bytes": self.max_bytes, "_memory": OrderedDict(entries), "_files": {}, "_directory": None}
+
+    def _keys(self) -> list[str]:
+        return list(dict.fromkeys([*self._files, *self._memory]))
+
     def __contains__(self, key: str) -> bool:
         return key in self._memory or key in self._files
 

@@ -62,6 +62,11 @@ class Target(Strict, ABC):
         """Whether an exported ONNX file and the inputs are all that it needs of a module."""
         return False
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it is another machine, which is not disturbed by what this one does meanwhile."""
+        return False
+
     @abstractmethod
     def conditions(self) -> dict[str, str]:
         """All that a time depends on besides the model and its input, as texts; raises `InputError` when the target

@@ -154,9 +154,9 @@ class Loop:
                 return None
             if proposal is None:
                 return None
-            trial = self.trials.begin(proposal)
-        asked = Asked(trial, proposal, self.measured.get(proposal.plan.digest))
-        self.pending[trial.number] = asked
+            begun = self.trials.begin(proposal)
+        asked = Asked(begun, proposal, self.measured.get(proposal.plan.digest))
+        self.pending[begun.number] = asked
         return asked
 
     def limits_of(self, asked: Asked) -> Sequence[Limit]:

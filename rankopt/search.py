@@ -162,10 +162,19 @@ class Search:
         self.recorded: Result | None = None  # what the study holds that entries to be saved come from
 
     @classmethod
-    def from_study(cls, file: StudyFile, **replaced: Any) -> Search:
-        """Build the model and data that a study file names; `replaced` takes the place of what it says, see
-        `study_arguments.arguments`."""
-        return cls(**arguments(file, **replaced))
+    def from_study(
+        cls,
+        file: StudyFile,
+        limits: Sequence[Limit] | None = None,
+        trials: int | None = None,
+        storage: str | None = None,
+        seed: int | None = None,
+        targets: Sequence[Target] | None = None,
+        model: nn.Module | None = None,
+        executor: Executor | None = None,
+    ) -> Search:
+        """Build the model and data that a study file names. `storage` is a URL; the others replace the file's."""
+        return cls(**arguments(file, limits, trials, storage, seed, targets, model, executor))
 
     @cached_property
     def cost(self) -> Cost:

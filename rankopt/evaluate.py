@@ -67,6 +67,9 @@ class Evaluator:
         devices: where latency and memory are measured, or None.
         fast: how trials run models; `build` and `quality` are exact unless asked.
         recovery: trains a built module a little, ``recovery(built, dense, plan) -> module``, or None.
+
+    Attributes:
+        device: what the model is on, "cpu" or "cuda".
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class Evaluator:
         self.bn = bn if has_batch_norm(model) else "off"
         self.bn_batches = list(bn_batches)
         self.devices: Devices | None = None
-        self.fast, self._device = fast, device_of(model)
+        self.fast, self.device = fast, device_of(model)
         # A user's own metric sees batches as they came; else pieces whose activations fit the processor's caches.
         pieces = self.validation if callable(metric) else [p for b in self.validation for p in cut(b, _PIECE)]
         self._pieces, self._fast_pieces = pieces, fast.batches(pieces)
@@ -148,7 +151,7 @@ class Evaluator:
             batches = self._fast_pieces if quick else self._pieces
         kl: list[Tensor] = []
         correct: list[Tensor] = []
-        with inference(module), (self.fast if quick else EXACT).on(self._device):
+        with inference(module), (self.fast if quick else EXACT).on(self.device):
             for batch, wanted in zip(batches, dense, strict=True):
                 output = pick(module(*batch.args, **batch.kwargs))
                 kl.append(self.divergence.between(wanted, output))

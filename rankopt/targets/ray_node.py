@@ -52,6 +52,7 @@ class RayNode(Target):
     address: str | None = None
     wait_seconds: float = Field(60.0, ge=0, allow_inf_nan=False)
     _nodes: list[str] = PrivateAttr(default_factory=list)
+    _unwanted: list[bool] = PrivateAttr(default_factory=list)
 
     @model_validator(mode="after")
     def _options_fit(self) -> RayNode:
@@ -76,6 +77,10 @@ class RayNode(Target):
     def node(self) -> str | None:
         """The id that Ray gave to the node on which something was measured last."""
         return self._nodes[-1] if self._nodes else None
+
+    def unwanted(self, so: bool) -> None:
+        """See `Target.unwanted`; it is seen at the next look at the node."""
+        self._unwanted[:] = [so]
 
     def conditions(self) -> dict[str, str]:
         """Those of the inner target on that node, and the resource."""
@@ -153,6 +158,7 @@ class RayNode(Target):
     def _wait_for_node(self, ray: Any) -> None:
         until = time.monotonic() + self.wait_seconds
         while ray.cluster_resources().get(self.resource, 0) < 1:
+            self._go_on()
             if time.monotonic() >= until:
                 raise KilledError(
                     f"target {self.called}: no node of the Ray cluster has the resource {self.resource!r} (waited "
@@ -164,7 +170,12 @@ class RayNode(Target):
     def _watch(self, ray: Any, running: Any) -> None:
         """Until it is done. A task whose node went away before it began would wait for ever."""
         while not ray.wait([running], timeout=_LOOK)[0]:
+            self._go_on()
             self._wait_for_node(ray)
+
+    def _go_on(self) -> None:
+        if any(self._unwanted):
+            raise InputError(f"target {self.called}: the measurement was given up")
 
 
 def connected(address: str | None, where: str, **own: Any) -> Any:

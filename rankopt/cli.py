@@ -12,8 +12,12 @@ import typer
 
 from rankopt import cli_recovery, cli_show, cli_status, saved_verbs
 from rankopt.cli_options import (
+    Address,
+    Cpus,
+    Executor,
     Exports,
     Force,
+    Gpus,
     Json,
     Limits,
     Quiet,
@@ -21,6 +25,7 @@ from rankopt.cli_options import (
     Storage,
     Study,
     Targets,
+    Workers,
     limits_of,
     storage_of,
     targets_of,
@@ -121,6 +126,11 @@ def search(
     patience: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="End after N trials by which the front did not grow.")
     ] = None,
+    executor: Executor = None,
+    workers: Workers = None,
+    address: Address = None,
+    cpus_per_trial: Cpus = None,
+    gpus_per_trial: Gpus = None,
     force: Force = False,
     exports: Exports = None,
     target: Targets = None,
@@ -140,12 +150,16 @@ def search(
     rankopt search studies/digits.yaml --out compressed --export onnx --json
     rankopt search studies/digits.yaml --target torch --limit 'latency<=0.6x'
     rankopt search studies/digits.yaml --strategy correct --sampler nsga2
+    rankopt search studies/digits.yaml --executor ray --workers 2
     """
     from rankopt.study_file import load_study
     from rankopt.tables import front_row, front_table
 
     file, limits, targets = load_study(study), limits_of(limit), targets_of(target)
     file = file.choosing(strategy, sampler).ending(time_limit, patience)
+    file = file.carried_out_by(
+        name=executor, workers=workers, address=address, cpus_per_trial=cpus_per_trial, gpus_per_trial=gpus_per_trial
+    )
     if exports and out is None:
         raise InputError("--export: needs --out DIR, where the files are written")
     check_exports(exports)

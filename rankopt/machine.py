@@ -64,9 +64,9 @@ def device_lock(device: str) -> Iterator[None]:
 
     The operating system takes the lock back when its holder is killed.
     """
-    with FileLock(_lock("next", device), mode=0o666, is_singleton=True):  # nothing new begins before the measurement
-        with FileLock(_lock("measuring", device), mode=0o666, is_singleton=True):
-            yield
+    gate, lock = (FileLock(_lock(what, device), mode=0o666, is_singleton=True) for what in ("next", "measuring"))
+    with gate, lock:  # who is at the gate is next: no work begins any more
+        yield
 
 
 @contextmanager

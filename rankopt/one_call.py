@@ -43,6 +43,7 @@ def search(
     allow: Sequence[str] = (),
     recovery: int | Mapping[str, Any] | None = None,
     train: Any = None,
+    executor: str | Mapping[str, Any] | None = None,
 ) -> Result:
     """Find compressed versions of a trained model that keep the limits.
 
@@ -72,6 +73,7 @@ def search(
         allow: operations that no counter knows and that shall count as nothing; see `Search`.
         recovery: a short training in every trial: steps, or a mapping of `RecoveryOptions`.
         train: data for it, e.g. a DataLoader; the calibration data when None.
+        executor: where trials run: "local", "ray", or e.g. ``{"name": "ray", "workers": 4}``; see `ExecutorOptions`.
 
     Returns:
         A `Result`: ``.front``, ``.best()``; each entry has ``.plan``, ``.measurements``, ``.build()``, ``.save(dir)``.
@@ -112,6 +114,7 @@ def search(
         allow=allow,
         targets=[] if target in (None, "none") else [target] if isinstance(target, str | Target) else list(target),
         cache=cache,
+        executor=executor,
         recovery=replace(short, batches=train, seed=seed) if short else None,
     )
     return run.run(progress)

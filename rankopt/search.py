@@ -25,6 +25,8 @@ from rankopt.devices import Devices
 from rankopt.divergence import Divergence
 from rankopt.errors import DataError, InputError, PlanError, UncountedOperationError
 from rankopt.evaluate import Evaluator, Metric
+from rankopt.executor_options import ExecutorOptions
+from rankopt.executors.chosen import chosen as chosen_executor
 from rankopt.factors import Factors
 from rankopt.goals import checked_limit, checked_objectives
 from rankopt.layers import find_layers, fingerprint, run_once
@@ -84,7 +86,8 @@ class Search:
         recovery: a short training in every trial: steps, `RecoveryOptions` as a mapping, or a `ShortRecovery`.
         stopping: what ends the study before it has all its trials: a time limit, or trials without a gain.
         trial_timeout: seconds after which a trial is given up (None: never); see `executors.local`.
-        executor: what carries trials out (None: this process, one after the other).
+        executor: what carries trials out: "local" (this process, one after the other), "ray", options such as
+            ``{"name": "ray", "workers": 4}`` (see `ExecutorOptions`), or an `Executor`.
     """
 
     def __init__(
@@ -124,10 +127,11 @@ class Search:
         recovery: int | Mapping[str, Any] | ShortRecovery | None = None,
         stopping: Stopping | None = None,
         trial_timeout: float | None = None,
-        executor: Executor | None = None,
+        executor: str | Mapping[str, Any] | ExecutorOptions | Executor | None = None,
     ) -> None:
         self.model, self.source, self.allow = model, source, tuple(allow)
-        self.stopping, self.trial_timeout, self.executor = stopping or Stopping(), trial_timeout, executor
+        self.stopping, self.trial_timeout = stopping or Stopping(), trial_timeout
+        self.executor = chosen_executor(executor, threads or torch.get_num_threads(), trial_timeout)
         self.retargeted, self.recovery = retargeted, ShortRecovery.of(recovery)
         self.example, self.example_kwargs = example_input, dict(example_kwargs or {})
         if threads is not None:
@@ -278,7 +282,8 @@ class Search:
         from rankopt import running
 
         self.progress, self._began = progress or self.progress, time.perf_counter()
-        self.recorded = running.run(self)
+        with self.executor.ready():
+            self.recorded = running.run(self)
         return self.recorded
 
     def tell(self, text: str) -> None:

@@ -27,11 +27,8 @@ class Spool:
 
     def __getstate__(self) -> dict[str, object]:
         """All entries, wherever they wait: the files stay on this machine."""
-        entries = {key: self._memory[key] if key in self._memory else load_file(self._files[key]) for key in self._keys()}
+        entries = {key: load_file(path) for key, path in self._files.items()} | self._memory
         return {"max_bytes": self.max_bytes, "_memory": OrderedDict(entries), "_files": {}, "_directory": None}
-
-    def _keys(self) -> list[str]:
-        return list(dict.fromkeys([*self._files, *self._memory]))
 
     def __contains__(self, key: str) -> bool:
         return key in self._memory or key in self._files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from rankopt.errors import KilledError
 from rankopt.evaluate import Evaluation
@@ -25,6 +26,10 @@ class Local:
 
     def __init__(self, trial_timeout: float | None = None) -> None:
         self.trial_timeout = trial_timeout
+
+    def ready(self) -> AbstractContextManager[None]:
+        """Nothing is needed."""
+        return nullcontext()
 
     def run(self, loop: Loop, evaluate: Evaluate, told: Callable[[], None]) -> None:
         """Go on until nothing is left to do."""

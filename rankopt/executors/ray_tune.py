@@ -12,39 +12,30 @@ meanwhile; targets on this machine while the trials that run here are waited for
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-import platform
 import signal
+import sys
 import tempfile
-import time
-from collections import deque
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
 from ray.tune.search import Searcher
 
-from rankopt.errors import InputError, KilledError, reason_of
-from rankopt.executors.deaths import cause_of
-from rankopt.executors.time_limit import too_long
+from rankopt.errors import InputError, reason_of
 from rankopt.executors.worker import Judge, carried_out, order, pin, threads_of
 
 if TYPE_CHECKING:
-    from rankopt.devices import Devices
-    from rankopt.evaluate import Evaluation
-    from rankopt.executors.apart import Apart
-    from rankopt.limits import Limit
-    from rankopt.loop import Asked, Evaluate, Loop
-    from rankopt.plan import Plan
+    from rankopt.executors.carrying import Carrying
+    from rankopt.loop import Evaluate, Loop
 
-_MOMENT_S = 0.2
 _TUNE = {  # quiet, without files, and in this process's own hands
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -53,38 +44,6 @@ _TUNE = {  # quiet, without files, and in this process's own hands
     "TUNE_WARN_THRESHOLD_S": "1000000000",
     "TUNE_FORCE_TRIAL_CLEANUP_S": "10",
 }
-
-
-@runtime_checkable
-class InTwoParts(Protocol):
-    """What can be carried out by this executor; see `Evaluator`."""
-
-    devices: Devices | None
-    device: str
-
-    def early(self, plan: Plan, limits: Sequence[Limit]) -> Evaluation | None:
-        """What comes out if nothing has to be built."""
-
-    def to_measure(
-        self,
-        plan: Plan,
-        limits: Sequence[Limit],
-        worth: Callable[[Mapping[str, float]], bool],
-        known: Mapping[str, float],
-    ) -> bool:
-        """Whether devices are asked."""
-
-    def travelling(self) -> Judge:
-        """What is sent to the workers."""
-
-    def __call__(
-        self,
-        plan: Plan,
-        limits: Sequence[Limit],
-        worth: Callable[[Mapping[str, float]], bool] = ...,
-        known: Mapping[str, float] | None = None,
-    ) -> Evaluation:
-        """All that is left to do when the quality is known."""
 
 
 class RayTune:
@@ -98,8 +57,8 @@ class RayTune:
         gpus_per_trial: GPUs, or a part of one.
         resources_per_trial: further resources that a node needs to have.
         threads: that a trial uses.
-        trial_timeout: seconds after which a trial is given up (None: never), counted in its worker. One that is stuck in
-            compiled code ends with its process.
+        trial_timeout: seconds after which a trial is given up (None: never), counted in its worker. One that is stuck
+            in compiled code ends with its process.
     """
 
     def __init__(
@@ -143,13 +102,15 @@ class RayTune:
         Raises:
             InputError: no node has what a trial needs, or what is evaluated can't be sent to another process.
         """
+        from rankopt.executors.carrying import Carrying, InTwoParts  # not in workers, which need no torch for it
+
         if not isinstance(evaluate, InTwoParts):
             raise InputError(f"executor ray: {type(evaluate).__name__} can't be parted; it carries out an Evaluator")
         if evaluate.device == "cuda" and "GPU" not in self.needs:
             raise InputError("executor ray: the model is on a GPU; say how much of one a trial needs by gpus_per_trial")
         with self.ready():
             self.room()
-            bridge = _Bridge(loop, evaluate, told, self.room, self.trial_timeout)
+            bridge = _Bridge(Carrying(loop, evaluate, told, self.room, self.trial_timeout))
             with ExitStack() as stack:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rankopt-tune-"))
                 stack.enter_context(_environment({**_TUNE, "TUNE_MAX_PENDING_TRIALS_PG": str(self.workers or 256)}))
@@ -182,8 +143,6 @@ class RayTune:
         return min(fits, self.workers) if self.workers else fits
 
     def _trainable(self, judge: Judge) -> Any:
-        import sys
-
         from rankopt.targets.ray_node import by_value
 
         try:
@@ -191,19 +150,20 @@ class RayTune:
                 given = {"judge": judge, "threads": self.threads, "seconds": self.trial_timeout}
                 made = tune.with_parameters(_Worker, **given)
         except Exception as error:
-            raise InputError(f"executor ray: the model, data or metric can't be sent to workers: {reason_of(error)}")
-        bundle = dict(self.needs)
-        return tune.with_resources(made, tune.PlacementGroupFactory([bundle]))
+            raise InputError(
+                f"executor ray: the model, data or metric can't be sent to workers: {reason_of(error)}"
+            ) from error
+        return tune.with_resources(made, tune.PlacementGroupFactory([dict(self.needs)]))
 
 
-class _Worker(tune.Trainable):  # type: ignore[misc]
+class _Worker(tune.Trainable):
     """A worker process: one `Trainable` that judges plan after plan."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths that the metric reads are relative to the user's folder
         super().__init__(*args, **kwargs)
 
-    def setup(self, config: dict[str, Any], judge: Judge, threads: int, seconds: float | None) -> None:
+    def setup(self, config: dict[str, Any], judge: Judge, threads: int, seconds: float | None) -> None:  # type: ignore[override]
         """With what came through the object store."""
         self._judge, self._seconds = judge, seconds
         self._node = ray.get_runtime_context().get_node_id()
@@ -222,48 +182,37 @@ class _Interrupted(Exception):
     """Ctrl-C, as something after which Tune tidies up."""
 
 
-class _Bridge(Searcher):  # type: ignore[misc]
-    """Between Tune, which asks for trials and says how they ended, and the study's loop. All in one thread.
+class _Bridge(Searcher):
+    """Between Tune, which asks for trials and says how they ended, and the study's. All in one thread.
 
     Tune calls `on_trial_complete` while it changes its own state and swallows what is raised there, so endings are
-    only noted then, and `settle` tells the loop of them between two of Tune's steps.
+    only noted then, and `settle` is called between two of Tune's steps.
     """
 
-    def __init__(
-        self,
-        loop: Loop,
-        evaluate: InTwoParts,
-        told: Callable[[], None],
-        room: Callable[[], int],
-        seconds: float | None,
-    ) -> None:
+    def __init__(self, carrying: Carrying) -> None:
         super().__init__()
-        self.loop, self.evaluate, self.told, self.room, self.seconds = loop, evaluate, told, room, seconds
+        self.carrying = carrying
         self.tune_trials: Sequence[Any] = ()
-        self._running: dict[str, Asked] = {}  # Tune's trial → ours
-        self._started: dict[str, float] = {}
-        self._deaths: dict[str, str] = {}
-        self._ended: deque[tuple[str, Mapping[str, Any] | None]] = deque()
-        self._again: deque[Asked] = deque()
-        self._judged: dict[int, tuple[Asked, dict[str, Any]]] = {}  # what is being measured apart
-        self._apart: Apart | None = None
         self._inside = False
         self._interrupted = False
 
-    # what Tune calls ------------------------------------------------------------------------------------------------
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         """The next plan to be judged, None when there is none for now, FINISHED when there will be none."""
         with self._ours():
-            asked = self._next()
+            asked = self.carrying.next()
             if asked is None:
-                return Searcher.FINISHED if self.loop.finished else None  # type: ignore[no-any-return]
-            self._running[trial_id] = asked
+                return Searcher.FINISHED if self.carrying.loop.finished else None
+            self.carrying.takes(trial_id, asked)
             return {"order": order(asked.trial.number, asked.proposal.plan)}
+
+    def settle(self) -> None:
+        """Between two events."""
+        with self._ours():
+            self.carrying.settle()
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
         """Note it."""
-        self._ended.append((trial_id, None if error else result))
+        self.carrying.ended(trial_id, None if error or result is None else result.get("told"))
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Nothing: the ledger is the study's storage."""
@@ -272,175 +221,32 @@ class _Bridge(Searcher):  # type: ignore[misc]
         """Nothing, as above."""
         return {}
 
-    # what `_Watch` calls ----------------------------------------------------------------------------------------------
-
-    def started(self, trial_id: str) -> None:
-        """A trial has a worker."""
-        self._started[trial_id] = time.monotonic()
-
-    def died(self, trial_id: str, text: str) -> None:
-        """A trial's worker is gone, or could not be made; what Ray says of it."""
-        self._deaths[trial_id] = text
-
-    def settle(self) -> None:
-        """Tell the loop of all that ended."""
-        with self._ours():
-            self._settle()
-
-    # asking ----------------------------------------------------------------------------------------------------------
-
-    def _next(self) -> Asked | None:
-        while True:
-            self._settle()
-            asked = self._again.popleft() if self._again else None if self._full() else self.loop.ask()
-            if asked is not None and (asked.died or not self._known_already(asked)):
-                return asked
-            if asked is None:
-                if self._running or self.loop.finished:
-                    return None
-                if self._apart is not None and self._judged:
-                    self._apart.wait(_MOMENT_S)
-                elif not self._full():
-                    self.loop.wait()
-                else:
-                    time.sleep(_MOMENT_S)  # no node is there now
-
-    def _full(self) -> bool:
-        """Whether all workers have a trial, or too many plans wait for the device to think of more."""
-        room = self.room() if self._running or self._judged else max(self.room(), 1)
-        return len(self._running) >= room or len(self.loop.pending) >= max(2 * room - 1, 1)
-
-    def _known_already(self, asked: Asked) -> bool:
-        """Tell at once what needs no worker."""
-        found: Evaluation | str | None
-        try:
-            plan, limits = asked.proposal.plan, self.loop.limits_of(asked)
-            found = self.loop.recalled(asked) or self.evaluate.early(plan, limits)
-        except Exception as error:
-            found = reason_of(error)
-        if found is None:
-            return False
-        self._tell(asked, found)
-        return True
-
-    # telling ---------------------------------------------------------------------------------------------------------
-
-    def _settle(self) -> None:
-        while self._ended:
-            trial_id, result = self._ended.popleft()
-            asked = self._running.pop(trial_id)
-            took = time.monotonic() - self._started.pop(trial_id, math.inf)
-            if result is None or "told" not in result:
-                self._dead(asked, took, self._deaths.pop(trial_id, "it ended without an answer"))
-                continue
-            told = json.loads(result["told"])
-            if "failed" in told:
-                self._tell(asked, told["failed"], told)
-            else:
-                self._measured(asked, told)
-        while self._apart is not None and (ended := self._apart.ended()) is not None:
-            number, found, nodes = ended
-            asked, told = self._judged.pop(number)
-            if nodes:
-                told["ran"]["measured_on"] = nodes
-            if isinstance(found, KilledError):
-                self._measure_again(asked, told, found.message)
-            elif isinstance(found, Exception):
-                self._tell(asked, reason_of(found), told)
-            else:
-                assert self.evaluate.devices is not None
-                self.evaluate.devices.keep(asked.proposal.plan, found)
-                self._rest(asked, told, lambda known: True)
-
-    def _dead(self, asked: Asked, took: float, text: str) -> None:
-        """Of a worker that is gone nothing is known but when it went, and what Ray says."""
-        if self.seconds is not None and took != math.inf and took >= self.seconds:
-            self._tell(asked, f"{too_long(self.seconds)}; it did not end by itself")
-            return
-        why, again = cause_of(text)
-        if not again:
-            self._tell(asked, why)
-        elif (retried := self.loop.retry(asked, why)) is not None:
-            self._again.append(retried)
-        else:
-            self.told()
-
-    def _measured(self, asked: Asked, told: dict[str, Any]) -> None:
-        """The quality is known: the devices come next, if they are asked at all."""
-        plan, limits = asked.proposal.plan, self.loop.limits_of(asked)
-        if self._apart is not None:
-            try:
-                go_on = self.evaluate.to_measure(plan, limits, self.loop.worth, told["known"])
-            except Exception as error:
-                self._tell(asked, reason_of(error), told)
-                return
-            if go_on:
-                self._judged[asked.trial.number] = asked, told
-                self._apart.begin(asked.trial.number, plan)
-                return
-        self._rest(asked, told, self.loop.worth)
-
-    def _rest(self, asked: Asked, told: dict[str, Any], worth: Callable[[Mapping[str, float]], bool]) -> None:
-        """All that is left to do, here and now."""
-        found: Evaluation | str
-        try:
-            plan, limits = asked.proposal.plan, self.loop.limits_of(asked)
-            found = self.evaluate(plan, limits, worth, told["known"])
-            if self.evaluate.devices and any(k.startswith("latency_ms") for k in found.measurements):
-                told["ran"].setdefault("measured_on", {"host": platform.node()})
-            notes = {**found.notes, "seconds": found.notes.get("seconds", 0.0) + told["seconds"]}
-            found = replace(found, notes=notes)
-        except KilledError as error:
-            self._measure_again(asked, told, error.message)
-            return
-        except Exception as error:
-            found = reason_of(error)
-        self._tell(asked, found, told)
-
-    def _measure_again(self, asked: Asked, told: dict[str, Any], why: str) -> None:
-        retried = self.loop.retry(asked, why)
-        if retried is None:
-            self.told()
-        else:
-            self._measured(retried, told)
-
-    def _tell(self, asked: Asked, found: Evaluation | str, told: Mapping[str, Any] | None = None) -> None:
-        self.loop.tell(asked, found, told["ran"] if told else None)
-        self.told()
-
-    # the beginning, the end, and Ctrl-C --------------------------------------------------------------------------------
-
     @contextmanager
     def open(self) -> Iterator[None]:
         """Around Tune's run. Ctrl-C becomes KeyboardInterrupt again after Tune has tidied up."""
-        devices = self.evaluate.devices
-        with ExitStack() as stack:
-            if devices and devices.elsewhere:
-                from rankopt.executors.apart import Apart
+        before = signal.getsignal(signal.SIGINT)
+        usr1 = signal.getsignal(signal.SIGUSR1)  # Tune takes it
+        in_main = threading.current_thread() is threading.main_thread()
 
-                self._apart = stack.enter_context(Apart(devices))
-            before = signal.getsignal(signal.SIGINT)
-            usr1 = signal.getsignal(signal.SIGUSR1) if hasattr(signal, "SIGUSR1") else None
+        def ring(number: int, frame: FrameType | None) -> None:
+            if self._inside and callable(before):
+                before(number, frame)
+            else:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one at once
+                self._interrupted = True
 
-            def ring(number: int, frame: Any) -> None:
-                if self._inside and callable(before):
-                    before(number, frame)
-                else:
-                    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one at once
-                    self._interrupted = True
-
-            handled = _in_main_thread() and callable(before)
-            if handled:
-                signal.signal(signal.SIGINT, ring)
-            try:
+        if in_main and callable(before):
+            signal.signal(signal.SIGINT, ring)
+        try:
+            with self.carrying.open():
                 yield
-            except _Interrupted:
-                raise KeyboardInterrupt from None
-            finally:
-                if handled and signal.getsignal(signal.SIGINT) is ring:
+        except _Interrupted:
+            raise KeyboardInterrupt from None
+        finally:
+            if in_main:
+                signal.signal(signal.SIGUSR1, usr1)
+                if signal.getsignal(signal.SIGINT) is ring:
                     signal.signal(signal.SIGINT, before)
-                if usr1 is not None and _in_main_thread():
-                    signal.signal(signal.SIGUSR1, usr1)
 
     @contextmanager
     def _ours(self) -> Iterator[None]:
@@ -466,7 +272,7 @@ class _Bridge(Searcher):  # type: ignore[misc]
                 ray.kill(actor)
 
 
-class _Watch(tune.Callback):  # type: ignore[misc]
+class _Watch(tune.Callback):
     """What Tune tells a callback and not a searcher."""
 
     def __init__(self, bridge: _Bridge) -> None:
@@ -479,17 +285,13 @@ class _Watch(tune.Callback):  # type: ignore[misc]
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Its worker is there."""
-        self.bridge.started(trial.trial_id)
+        self.bridge.carrying.started(trial.trial_id)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Its worker is gone."""
-        self.bridge.died(trial.trial_id, Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else "")
-
-
-def _in_main_thread() -> bool:
-    import threading
-
-    return threading.current_thread() is threading.main_thread()
+        self.bridge.carrying.died(
+            trial.trial_id, Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
+        )
 
 
 @contextmanager

@@ -131,12 +131,12 @@ class RayNode(Target):
         try:
             self._watch(ray, running)
             self._nodes[:], wrong, found = ray.get(running)
-        except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError) as error:
-            raise KilledError(f"target {self.called}: the node with {self.resource} failed: {_cause(error)}") from error
         except ray.exceptions.RayError as error:
             text = _cause(error)
             advice = "; are rankopt and the model's code installed there?" if "No module named" in text else ""
-            raise InputError(f"target {self.called}: the node with {self.resource} failed: {text}{advice}") from error
+            gone = ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError
+            kind = KilledError if isinstance(error, gone) else InputError
+            raise kind(f"target {self.called}: the node with {self.resource} failed: {text}{advice}") from error
         except BaseException:  # also when interrupted: the node would go on measuring for nobody
             ray.cancel(running, force=True)
             raise

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from rankopt.loop import Evaluate, Loop
 
 _TUNE = {  # quiet, without files, and in this process's own hands
+    "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",

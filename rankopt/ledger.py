@@ -36,6 +36,7 @@ PLAN, VALUES, EXCESS, NOTES, REASON = "plan", "measurements", "violations", "not
 PROPOSAL = "proposal"  # how a plan came about: strategy, and the sampler's numbers
 PLAN_DIGEST = "inherited plan"  # of a plan of another study that could not be measured here
 INTERRUPTED = "interrupted"  # the reason of trials whose process ended before they did
+ENVIRONMENT = "environment"  # seed, machine and versions
 KILLED = "killed"  # the digest of the plan of a trial whose process was killed
 
 _MOST_LAYERS = 64

@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rankopt.errors import KilledError, RankoptError, reason_of
 from rankopt.evaluate import Evaluation
 from rankopt.ledger import (
+    ENVIRONMENT,
     EXCESS,
     FACTS,
     INTERRUPTED,
@@ -187,7 +188,7 @@ class Loop:
         except Exception as error:
             return reason_of(error)
 
-    def tell(self, asked: Asked, outcome: Evaluation | str, ran: Mapping[str, Any] | None = None) -> None:
+    def tell(self, asked: Asked, outcome: Evaluation | str, ran: Mapping[str, str] | None = None) -> None:
         """Record what became of a trial, or why it failed, and let the strategy learn from it.
 
         Measurements with NaN or infinity among the objectives are a failure. A trial that another driver has taken for
@@ -196,7 +197,7 @@ class Loop:
         Args:
             asked: from `ask`.
             outcome: what was measured, or one line.
-            ran: further attributes of the trial, e.g. ``{"machine": ...}`` where it ran elsewhere (see `machine.here`).
+            ran: the machine and versions where it was measured, if not here (see `machine.here`).
         """
         self._last = None
         del self.pending[asked.trial.number]
@@ -204,10 +205,11 @@ class Loop:
             values = told_values(outcome.measurements, self.objectives)
             if any(v is not None and not np.isfinite(v) for v in values):
                 outcome = f"measured {dict(zip(self.objectives, values, strict=True))}"
+        where = {ENVIRONMENT: {"seed": self.setting.seed, **ran}} if ran else {}
         if isinstance(outcome, str):
-            self._fail(asked, outcome, ran or {})
+            self._fail(asked, outcome, where)
         else:
-            self._record(asked, outcome, ran or {})
+            self._record(asked, outcome, where)
 
     def retry(self, asked: Asked, why: str) -> Asked | None:
         """Begin a trial again whose worker died; None when it died too often, and the trial is told as failed.
@@ -261,7 +263,7 @@ class Loop:
                 self._forget(proposal)
                 return again[0]
             # A study that was interrupted goes on as it would have: asked again, the strategy proposes the same.
-            if proposal.plan.digest not in standing.pending:
+            if proposal.plan.digest not in standing.pending | self.trials.given_up:
                 return proposal
             self._forget(proposal)
         return None

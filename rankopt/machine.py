@@ -29,15 +29,10 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def here() -> dict[str, str]:
-    """This machine's name and processor."""
-    return {"host": platform.node(), "processor": processor()}
-
-
 @cache
-def versions() -> dict[str, str]:
-    """Of Python, and of the packages that what a trial measures depends on."""
-    found = {"python": platform.python_version()}
+def here() -> dict[str, str]:
+    """This machine's name and processor, and the versions that what a trial measures depends on."""
+    found = {"host": platform.node(), "processor": processor(), "python": platform.python_version()}
     for package in ("rankopt", "torch", "optuna"):
         with suppress(PackageNotFoundError):
             found[package] = version(package)

@@ -15,8 +15,8 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from rankopt.heartbeat import Heartbeat, Liveness
-from rankopt.ledger import INTERRUPTED, KILLED, PLAN, PROPOSAL, REASON, begin, counts, finish, written
-from rankopt.machine import here, versions
+from rankopt.ledger import ENVIRONMENT, INTERRUPTED, KILLED, PLAN, PROPOSAL, REASON, begin, counts, finish, written
+from rankopt.machine import here
 from rankopt.plan import Plan
 from rankopt.space import SearchSpace
 from rankopt.storages import alone, shared
@@ -35,19 +35,21 @@ class Trials:
 
     Attributes:
         others: trial → digest of its plan, of the trials that run elsewhere.
+        given_up: digests of plans that have killed their process too often.
     """
 
     def __init__(self, study: optuna.Study, space: SearchSpace, seed: int) -> None:
         self.study, self.space = study, space
         self.shared = shared(study._storage)
         self.others: dict[int, str] = {}
+        self.given_up: set[str] = set()
         self._own: dict[int, str] = {}
         self._told: set[int] = set()
         self._cut_off: dict[str, Proposal] = {}
         self._ended: set[str] | None = None  # plans that need not be run again; read when one may have to be
         self._liveness = Liveness()
         self._heartbeat = Heartbeat(study._storage)
-        self._record = {"seed": seed, "machine": here(), "versions": versions()}
+        self._environment = {"seed": seed, **here()}
 
     def alone(self) -> AbstractContextManager[None]:
         """Hold off other drivers of the study."""
@@ -58,27 +60,28 @@ class Trials:
         if self._told and not self.shared:
             return []  # nobody else writes
         found = []
-        frozen = self.study.get_trials(deepcopy=False)
-        for trial in frozen:
+        frozen = {t.number: t for t in self.study.get_trials(deepcopy=False)}
+        for trial in list(frozen.values()):
             if trial.number in self._told or trial.number in self._own or trial.state == TrialState.WAITING:
                 continue
             if not trial.state.is_finished():
                 if self.shared and self._liveness.alive(trial):
                     self.others[trial.number] = self.others.get(trial.number) or _digest(trial)
                     continue
-                trial = self._swept(trial, frozen)
+                trial = self._swept(trial, frozen.values())
             self.others.pop(trial.number, None)
             self._told.add(trial.number)
             self._note(trial)
+            frozen[trial.number] = trial
             if counts(trial):
                 found.append(trial)
         if self._cut_off and self._ended is None:
-            self._ended = {_digest(t) for t in frozen if counts(t)}
+            self._ended = {_digest(t) for t in frozen.values() if counts(t)}
         return found
 
     def begin(self, proposal: Proposal) -> optuna.Trial:
         """Write down a new running trial."""
-        besides = {**self._heartbeat.attributes(), **self._record}
+        besides = {**self._heartbeat.attributes(), ENVIRONMENT: self._environment}
         trial = begin(self.study, self.space, proposal.plan, proposal.to_dict(), besides)
         self._own[trial.number] = proposal.plan.digest
         self._heartbeat.add(trial._trial_id)
@@ -128,6 +131,8 @@ class Trials:
     def _note(self, trial: FrozenTrial) -> None:
         if PLAN not in trial.user_attrs:
             return
+        if KILLED in trial.user_attrs and counts(trial):
+            self.given_up.add(trial.user_attrs[KILLED])
         if not counts(trial):
             proposal = proposal_of(trial)
             self._cut_off.setdefault(proposal.plan.digest, proposal)

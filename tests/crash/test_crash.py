@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from programs import Ended, Programs, check, front_of, programs_in, seen, small_study
+from programs import Ended, Programs, check, front_of, seen, small_study
 
 _KILLS = 2  # a round; a plan that is killed three times is given up
 
@@ -21,12 +20,6 @@ class Whole:
     study: Path
     seconds: float
     front: list[tuple[str, tuple[float, ...]]]
-
-
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
-    with programs_in(tmp_path_factory.mktemp("programs")) as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

@@ -176,8 +176,7 @@ class Carrying:
         while self._apart is not None and (ended := self._apart.ended()) is not None:
             number, found, nodes = ended
             asked, told = self._judged.pop(number)
-            if nodes:
-                told["ran"]["measured_on"] = nodes
+            told["ran"] |= {f"measured_on@{label}": node for label, node in nodes.items()}
             if isinstance(found, KilledError):
                 self._measure_again(asked, told, found.message)
             elif isinstance(found, Exception):
@@ -221,8 +220,8 @@ class Carrying:
         try:
             plan, limits = asked.proposal.plan, self.loop.limits_of(asked)
             found = self.evaluate(plan, limits, worth, told["known"])
-            if self.evaluate.devices and any(k.startswith("latency_ms") for k in found.measurements):
-                told["ran"].setdefault("measured_on", {"host": platform.node()})
+            if self._apart is None and any(k.startswith("latency_ms") for k in found.measurements):
+                told["ran"].setdefault("measured_on", platform.node())
             notes = {**found.notes, "seconds": found.notes.get("seconds", 0.0) + told["seconds"]}
             found = replace(found, notes=notes)
         except KilledError as error:

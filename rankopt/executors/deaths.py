@@ -23,7 +23,7 @@ def cause_of(text: str) -> tuple[str, bool]:
             return why, True
     raised = _raised(text)
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("Failure #")]
-    return f"its worker ended: {raised or (lines[0] if lines else 'no reason was given')}"[:300], True
+    return f"its worker ended: {raised or (lines[0] if lines else 'no reason was given')}"[:300], not raised
 
 
 def _raised(text: str) -> str:

@@ -64,7 +64,7 @@ def carried_out(judge: Judge, text: str, seconds: float | None, node: str) -> st
     Returns:
         JSON: ``known`` (what `judge` gave) or ``failed`` (why it gave nothing), ``seconds``, ``ran``.
     """
-    told: dict[str, Any] = {"ran": {"machine": here(), "ran_on": {"node": node, "pid": os.getpid()}}}
+    told: dict[str, Any] = {"ran": {**here(), "node": node, "pid": str(os.getpid())}}
     with ExitStack() as held:
         for device in _devices(judge.device):
             held.enter_context(working(device))

@@ -170,7 +170,12 @@ def search(
 
         url = storage_of(storage)
         run = Search.from_study(file, limits=limits, trials=trials, storage=url, seed=seed, targets=targets)
-        result = run.run(progress=progress)
+        try:
+            result = run.run(progress=progress)
+        except KeyboardInterrupt:
+            if not quiet:
+                print("rankopt: interrupted; what was measured is kept, the same command goes on", file=sys.stderr)
+            raise
         best = result.best(limits)
         saved, dense_test = save(run, best, out, force, exports) if out is not None else ({}, None)
     rows = [front_row(entry) for entry in result.front]

@@ -10,7 +10,6 @@ from rankopt.handover import console_for, print_json
 
 if TYPE_CHECKING:
     from rankopt.status import Running, Status
-    from rankopt.study_file import StudyFile
 
 _SHOWN = 12  # failed trials; of more the last
 
@@ -31,23 +30,21 @@ def status(
     name = file.study_on(targets_of(target))
     found = read_status(storage_of(storage) or file.storage_url, name, limits_of(limit) or file.limits)
     if as_json:
-        print_json({"trials": file.trials, "time_limit": file.time_limit, **found.to_dict()})
+        print_json(found.to_dict())
         return
     console = console_for()
-    for head, text in _lines(found, file):
+    for head, text in _lines(found):
         console.print(f"{head:<12}{text}", soft_wrap=True, markup=False, highlight=False)
 
 
-def _lines(found: Status, file: StudyFile) -> Iterator[tuple[str, str]]:
+def _lines(found: Status) -> Iterator[tuple[str, str]]:
     from rankopt.progress import duration
     from rankopt.tables import MEASURED, quantity
 
     stopped = sum(found.stopped.values())
-    yield (
-        found.name,
-        f"{found.done} of {file.trials} trials: {found.complete} complete, {stopped} stopped early, "
-        + (f"{len(found.failed)} failed"),
-    )
+    of = f" of {found.wanted['trials']}" if found.wanted else ""
+    counts = f"{found.complete} complete, {stopped} stopped early, {len(found.failed)} failed"
+    yield found.name, f"{found.done}{of} trials: {counts}"
     for reason, count in sorted(found.stopped.items(), key=lambda pair: -pair[1]):
         yield "stopped", f"{count} × {reason}"
     failed = sorted(found.failed.items())
@@ -58,21 +55,25 @@ def _lines(found: Status, file: StudyFile) -> Iterator[tuple[str, str]]:
     for one in found.running:
         yield "running", _running(one)
     if found.interrupted:
-        left = f", of which {found.again} are still to be run again" if found.again else ", all of them run again since"
-        yield "interrupted", f"{found.interrupted} trials{left}"
+        left = f"{found.again} still to be run again" if found.again else "all of them run again since"
+        yield "interrupted", f"{_counted(found.interrupted)}, {left}"
     alive = ", ".join(f"{host} (process {pid})" for host, pid in found.workers)
-    yield "workers", alive or "none is at work on a trial"
+    yield "workers", alive or "none is at work"
     if found.per_minute is not None:
         yield "rate", f"{found.per_minute:.3g} trials/min; {duration(found.seconds)} of trials in all"
-    if file.time_limit is not None:
-        yield "time left", duration(max(file.time_limit - found.seconds, 0.0))
+    if (limit := found.wanted.get("time_limit")) is not None:
+        yield "time left", duration(max(limit - found.seconds, 0.0))
     if found.best is None:
         yield "best", f"no plan keeps {', '.join(found.limits) or 'all limits'} yet"
     else:
         values = [f"{k} {quantity(k, v)}" for k in MEASURED if (v := found.best.get(k)) is not None]
         name = f"trial {found.best_trial}" if (found.best_trial or 0) >= 0 else "the dense model"
         yield "best", f"{name}: {', '.join(values)}"
-    yield "front", f"hypervolume {found.hypervolume:.3f}, without a gain for {found.without_gain} trials"
+    yield "front", f"hypervolume {found.hypervolume:.3f}, without a gain for {_counted(found.without_gain)}"
+
+
+def _counted(trials: int) -> str:
+    return f"{trials} trial{'' if trials == 1 else 's'}"
 
 
 def _running(one: Running) -> str:

@@ -27,6 +27,21 @@ _LONG_S = 3600.0  # by how much the clocks of two machines don't differ
 _here: set[str] = set()  # workers of this process that have not ended
 
 
+def identity() -> dict[str, Any]:
+    """This process, so that others can tell whether it lives."""
+    pid = os.getpid()
+    return {"host": platform.node(), "place": _place(), "pid": pid, "started": _started(pid)}
+
+
+def lives(process: Mapping[str, Any] | None) -> bool | None:
+    """Whether the process of an `identity` lives; None where this machine can't tell."""
+    if process is None:
+        return False
+    if process.get("place") != _place():
+        return None
+    return _started(int(process.get("pid", -1))) == process.get("started")
+
+
 class Heartbeat:
     """Renews the time of the trials that are under way here, from a thread of its own.
 
@@ -39,13 +54,7 @@ class Heartbeat:
         self._trials: set[int] = set()
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
-        self.worker: dict[str, Any] = {
-            "id": uuid.uuid4().hex,
-            "host": platform.node(),
-            "place": _place(),
-            "pid": os.getpid(),
-            "started": _started(os.getpid()),
-        }
+        self.worker = {"id": uuid.uuid4().hex, **identity()}
         _here.add(self.worker["id"])
 
     def add(self, trial: int) -> None:
@@ -107,14 +116,9 @@ def seems_alive(trial: FrozenTrial) -> bool:
 
 
 def _known(worker: Mapping[str, Any] | None) -> bool | None:
-    """Whether a worker lives; None where this machine can't tell."""
-    if worker is None:
-        return False
-    if worker.get("place") != _place():
-        return None
-    if worker.get("pid") == os.getpid() and worker.get("started") == _started(os.getpid()):
-        return worker.get("id") in _here
-    return _started(int(worker.get("pid", -1))) == worker.get("started")
+    """The same for a worker: one of this process that has ended is as dead as one whose process has."""
+    known = lives(worker)
+    return known and (worker is None or worker["pid"] != os.getpid() or worker.get("id") in _here)
 
 
 @cache

@@ -7,6 +7,7 @@ begun with is in the study's.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,8 +29,8 @@ from rankopt.result import MAXIMIZED, Entry, Result
 from rankopt.space import SearchSpace
 from rankopt.storages import alone, file_of, open_storage, shown
 
-FACTS, DENSE, LIMITS, CONDITIONS, CONFIRMED, SAID = (
-    f"rankopt:{name}" for name in ("begun_with", "dense", "limits", "conditions", "confirmed", "said")
+FACTS, DENSE, LIMITS, CONDITIONS, CONFIRMED, SAID, WANTED = (
+    f"rankopt:{name}" for name in ("begun_with", "dense", "limits", "conditions", "confirmed", "said", "wanted")
 )
 QUALITY = ("kl", "accuracy", "accuracy_se")
 PLAN, VALUES, EXCESS, NOTES, REASON = "plan", "measurements", "violations", "notes", "reason"
@@ -71,6 +72,9 @@ def open_study(
     with writable(name), written(), alone(storage, name):
         if name not in optuna.study.get_all_study_names(storage):
             study = optuna.create_study(storage=storage, study_name=name, directions=directions)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # names of objectives are experimental
+                study.set_metric_names(list(objectives))
             study.set_user_attr(FACTS, dict(facts))
             study.set_user_attr(CONDITIONS, {k: dict(v) for k, v in (conditions or {}).items()})
             study.set_user_attr(DENSE, dict(dense))
@@ -126,6 +130,8 @@ def finish(
             running = optuna.Trial(study, trial)
             for limit, by in constraints.items():
                 running.set_constraint(limit, by)
+            # optuna-dashboard 0.21 reads constraints as Optuna 4 kept them
+            storage.set_trial_system_attr(trial, "constraints", list(constraints.values()))
         storage.set_trial_state_values(trial, state, values)
 
 
@@ -192,6 +198,12 @@ def confirm(study: optuna.Study, plan: Plan, values: Mapping[str, float]) -> Non
     """Record that a plan was measured again."""
     with writable(study.study_name), written(), alone(study._storage, study.study_name):
         study.set_user_attr(CONFIRMED, {**study.user_attrs.get(CONFIRMED, {}), plan.digest: dict(values)})
+
+
+def want(study: optuna.Study, trials: int, time_limit: float | None, patience: int | None) -> None:
+    """Record how far the study is to go, for those who watch it."""
+    with writable(study.study_name), written():
+        study.set_user_attr(WANTED, {"trials": trials, "time_limit": time_limit, "patience": patience})
 
 
 def say(study: optuna.Study, notes: Sequence[str]) -> None:

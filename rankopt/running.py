@@ -41,6 +41,7 @@ def _run(search: Search) -> Result:
         storage, search.name, search.objectives, facts | targets, search.evaluator.dense, search.limits,
         devices.conditions,
     )  # fmt: skip
+    ledger.want(opened, search.trials, search.stopping.time_limit, search.stopping.patience)
     known = ledger.known_entries(opened, search.limits)
     for entry in known:
         devices.recall(entry.plan, entry.measurements)

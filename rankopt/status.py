@@ -13,10 +13,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rankopt.errors import RankoptError
 from rankopt.heartbeat import BEAT, WORKER, seems_alive
-from rankopt.ledger import INTERRUPTED, PLAN, REASON, counts, read_study, result_of
+from rankopt.ledger import INTERRUPTED, PLAN, REASON, WANTED, counts, read_study, result_of
 from rankopt.limits import Limit
 from rankopt.plan import Plan
 from rankopt.stopping import Gains, spent
+from rankopt.storages import writer_of
 from rankopt.worth import volume
 
 _RECENT = 20  # trials that the rate is taken over
@@ -62,6 +63,9 @@ class Status:
         best: what the best plan within the limits measured, and its trial (None: none keeps them).
         hypervolume: of the front.
         without_gain: how many trials there were since the front grew last.
+        limits: that the best plan keeps.
+        wanted: how far the study is to go: ``trials``, and ``time_limit`` in seconds and ``patience`` or None.
+        writer: the process that holds the storage, where that is a file.
     """
 
     name: str
@@ -79,16 +83,20 @@ class Status:
     hypervolume: float
     without_gain: int
     limits: Sequence[str] = field(default_factory=tuple)
+    wanted: Mapping[str, Any] = field(default_factory=dict)
+    writer: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def workers(self) -> list[tuple[str, int | None]]:
-        """(host, process) of the drivers that live and run something."""
-        return list(dict.fromkeys((r.host, r.pid) for r in self.running if r.alive))
+        """(host, process) of the drivers that live: those that run a trial, and who writes to a storage in a file."""
+        writer = [(str(self.writer["host"]), int(self.writer["pid"]))] if self.writer else []
+        return list(dict.fromkeys([*((r.host, r.pid) for r in self.running if r.alive), *writer]))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
         workers = [{"host": host, "pid": pid} for host, pid in self.workers]
-        return asdict(self) | {"failed": {str(k): v for k, v in self.failed.items()}, "workers": workers}
+        told = {k: v for k, v in asdict(self).items() if k != "writer"}
+        return told | {"failed": {str(k): v for k, v in self.failed.items()}, "workers": workers}
 
 
 def read_status(url: str, name: str, limits: Sequence[Limit] | None = None) -> Status:
@@ -121,6 +129,8 @@ def read_status(url: str, name: str, limits: Sequence[Limit] | None = None) -> S
         hypervolume=volume(result),
         without_gain=gains.without,
         limits=tuple(map(str, result.limits)),
+        wanted=study.user_attrs.get(WANTED, {}),
+        writer=writer_of(url),
     )
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from rankopt.errors import InputError
+from rankopt.heartbeat import identity, lives
 
 SERVERS = ("postgresql", "mysql", "mariadb")  # databases that several drivers may write to
 _EXTRAS = {"psycopg": "rankopt[postgres]", "psycopg2": "psycopg2-binary", "mysqldb": "mysqlclient"}
@@ -114,19 +114,21 @@ def only_writer(url: str | None, study: str) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise InputError(
-            f"study {study}: {path} is being written by {_holder(beside)}, and a file takes one writing process at a"
-            " time; wait for it or end it, take another --storage, or share the study in PostgreSQL"
+            f"study {study}: {path} is being written by {_named(writer_of(url))}, and a file takes one writing process"
+            " at a time; wait for it or end it, take another --storage, or share the study in PostgreSQL"
             " (postgresql+psycopg://USER@HOST/DATABASE)"
         ) from None
     except OSError as error:
         raise InputError(f"study {study}: its storage can't be written: {beside}: {error.strerror}") from None
     try:
         with suppress(OSError):
-            beside.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+            beside.write_text(json.dumps(identity()), encoding="utf-8")
         if str(url).endswith((".log", ".journal")) or str(url).startswith("journal:"):
             _mend(path)
         yield
     finally:
+        with suppress(OSError):
+            beside.write_text("", encoding="utf-8")
         lock.release()
 
 
@@ -194,10 +196,20 @@ def _full(url: str) -> str:
     return f"journal:///{url}" if url.endswith((".log", ".journal")) else f"sqlite:///{url}"
 
 
-def _holder(lock: Path) -> str:
-    with suppress(OSError):
-        return lock.read_text(encoding="utf-8")[:200].strip() or "another process"
-    return "another process"
+def writer_of(url: str | None) -> dict[str, Any]:
+    """The process that writes to a storage in a file, see `heartbeat.identity`; empty where none lives or is known."""
+    path = file_of(url)
+    if path is None:
+        return {}
+    with suppress(OSError, ValueError):
+        process = json.loads(path.with_name(f"{path.name}.writer").read_text(encoding="utf-8")[:1000])
+        if isinstance(process, dict) and lives(process) is not False:
+            return process
+    return {}
+
+
+def _named(process: Mapping[str, Any]) -> str:
+    return f"process {process.get('pid')} on {process.get('host')}" if process else "another process"
 
 
 def _mend(path: Path) -> None:

@@ -37,6 +37,7 @@ ray = pytest.importorskip("ray")
 @pytest.fixture(scope="module")
 def started() -> Iterator[None]:
     """Two processors, one small object store."""
+    ray.shutdown()  # other tests stay connected to a cluster of theirs
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")

@@ -48,7 +48,7 @@ def _run(search: Search) -> Result:
     learn(space, devices)
     inherited = ledger.judged(storage, facts, search.name) if search.retargeted else []
     _measure_together(search, inherited, known)
-    study.run(
+    search.stopped = study.run(
         opened,
         setting_of(search),
         search.evaluator,

@@ -132,6 +132,7 @@ class Search:
         self.model, self.source, self.allow = model, source, tuple(allow)
         self.stopping, self.trial_timeout = stopping or Stopping(), trial_timeout
         self.executor = chosen_executor(executor, threads or torch.get_num_threads(), trial_timeout)
+        self.stopped = ""
         self.retargeted, self.recovery = retargeted, ShortRecovery.of(recovery)
         self.example, self.example_kwargs = example_input, dict(example_kwargs or {})
         if threads is not None:
@@ -291,8 +292,8 @@ class Search:
         self.progress(Progress(0, 0, time.perf_counter() - self._began, text=text))
 
     def notes(self) -> list[str]:
-        """What the user should know of the latencies: the prediction's error, and measurements that were noisy."""
-        return self.devices.report()
+        """What the user should know: why the study ended early, how far predicted latencies are off, what was noisy."""
+        return [*([self.stopped] if self.stopped else []), *self.devices.report()]
 
     def evaluate(self, plan: Plan) -> Entry:
         """Measure a plan of one's own. Raises `PlanError` or `LayerError` when it does not fit this model."""

@@ -29,7 +29,7 @@ def run(
     by: str = "auto",
     executor: Executor | None = None,
     stopping: Stopping = Stopping(),  # noqa: B008  (frozen)
-) -> None:
+) -> str:
     """Go on until the study has `setting.trials` trials that were not interrupted, or is to be stopped before.
 
     Args:
@@ -42,6 +42,9 @@ def run(
         by: the strategy that chooses plans; see `rankopt.strategies`.
         executor: what carries trials out (None: this process, one after the other).
         stopping: what ends the study early.
+
+    Returns:
+        Why it was stopped before it had all its trials; else empty.
 
     Raises:
         RankoptError: after 8 failures in a row, with the reasons.
@@ -61,8 +64,7 @@ def run(
                     inherit(loop, old, evaluate)
                     learn()
             (executor or Local()).run(loop, evaluate, told)
-            if loop.stopped:
-                progress(loop.standing_at(loop.stopped))
+            return loop.stopped
         except (KeyboardInterrupt, RankoptError):
             loop.interrupt()
             raise

@@ -17,7 +17,7 @@ import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
-from rankopt.ledger import CONFIRMED, FACTS, NOTES, PLAN, REASON, VALUES, read_study, result_of
+from rankopt.ledger import CONFIRMED, ENVIRONMENT, FACTS, NOTES, PLAN, REASON, VALUES, read_study, result_of
 from rankopt.limits import Limit
 from rankopt.plan import Plan
 from rankopt.result import MAXIMIZED, Result
@@ -52,6 +52,7 @@ class Trial:
         notes: facts needed to build the plan again, and the seconds it took.
         begun: when.
         seconds: from asking to telling.
+        environment: the seed, and the machine and versions that it was measured with.
     """
 
     number: int
@@ -66,6 +67,7 @@ class Trial:
     notes: Mapping[str, float] = field(default_factory=dict)
     begun: datetime | None = None
     seconds: float | None = None
+    environment: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,7 @@ def _trial(frozen: FrozenTrial, result: Result, again: Mapping[str, Any]) -> Tri
         attributes.get(NOTES) or {},
         frozen.datetime_start,
         None if frozen.duration is None else frozen.duration.total_seconds(),
+        attributes.get(ENVIRONMENT) or {},
     )
 
 

@@ -10,12 +10,14 @@ from typing import Any
 from torch import nn
 
 from rankopt.batches import as_batches
+from rankopt.durations import seconds_of
 from rankopt.errors import InputError, LimitError
 from rankopt.evaluate import Metric
 from rankopt.limits import Limit, parse_limit
 from rankopt.result import Progress, Result
 from rankopt.search import Search
 from rankopt.short_recovery import ShortRecovery
+from rankopt.stopping import Stopping
 from rankopt.targets.target import Target
 
 
@@ -28,6 +30,9 @@ def search(
     evaluate: Callable[[nn.Module], float] | None = None,
     limits: Sequence[str | Limit] = ("macs<=50%",),
     trials: int = 64,
+    time_limit: float | str | None = None,
+    patience: int | None = None,
+    trial_timeout: float | str | None = None,
     target: str | Target | Sequence[str | Target] | None = None,
     cache: Path | bool | None = None,
     storage: str | None = None,
@@ -57,6 +62,9 @@ def search(
             decides.
         limits: e.g. ``["macs<=50%", "accuracy>=-0.5"]``.
         trials: plans to measure.
+        time_limit: seconds (or ``"2h"``) of trials in all, after which no more are begun.
+        patience: trials in a row without a gain in hypervolume that end the study.
+        trial_timeout: seconds (or ``"10m"``) after which a single trial is given up.
         target: where latency is measured: ``"onnxruntime"``, ``"torch:threads=2"``, a `Target`, or several of them, of
             which the first is meant by ``latency<=4ms``. None: nowhere.
         cache: folder of latency tables (None: the user's cache folder; False: nothing is kept).
@@ -82,7 +90,8 @@ def search(
         InputError: something given is wrong; one line.
         InfeasibleError: nothing can keep the limits; says what is reachable.
     """
-    for key, value, least in (("trials", trials, 1), ("seed", seed, 0), ("memory", memory or 0, 0)):
+    numbers = (("trials", trials, 1), ("seed", seed, 0), ("memory", memory or 0, 0), ("patience", patience or 1, 1))
+    for key, value, least in numbers:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{key}: must be a whole number from {least}, got {value!r}")
     for key, text in (("storage", storage), ("name", name)):
@@ -109,6 +118,8 @@ def search(
         strategy=strategy,
         sampler=sampler,
         storage=storage,
+        stopping=Stopping(_seconds("time_limit", time_limit), patience),
+        trial_timeout=_seconds("trial_timeout", trial_timeout),
         name=name,
         memory=memory,
         allow=allow,
@@ -118,6 +129,13 @@ def search(
         recovery=replace(short, batches=train, seed=seed) if short else None,
     )
     return run.run(progress)
+
+
+def _seconds(key: str, value: float | str | None) -> float | None:
+    try:
+        return None if value is None else seconds_of(value)
+    except ValueError as error:
+        raise InputError(f"{key}: {error}") from None
 
 
 def _listed(limits: Any) -> Sequence[Any]:

@@ -79,7 +79,8 @@ def test_what_is_done_failed_stopped_running_and_interrupted(
     assert found["per_minute"] > 0
     assert found["best"] == dict(ledger.read_result(f"sqlite:///{url}", "s").best().measurements)
     text = told(capsys, study)
-    assert f"s           {len(states)} trials: {states.count('COMPLETE')} complete, {states.count('PRUNED')} stopped early" in text
+    complete, stopped = states.count("COMPLETE"), states.count("PRUNED")
+    assert f"s           {len(states)} trials: {complete} complete, {stopped} stopped early" in text
     assert "failed      trial " in text
     assert "ValueError: no luck" in text
     assert f"stopped     {states.count('PRUNED')} × stopped at the limit macs<=20%" in text
@@ -88,6 +89,10 @@ def test_what_is_done_failed_stopped_running_and_interrupted(
     assert "interrupted 1 trial, 1 still to be run again" in text
     loop.close()  # its driver is dead from now on
     assert "its driver is dead, and the plan is run again when the study goes on" in told(capsys, study)
+    assert main(["trials", str(study), "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)[0]
+    assert row["environment.seed"] == 0
+    assert row["environment.host"] == running["host"]
 
 
 def test_who_writes_is_at_work_also_between_trials(

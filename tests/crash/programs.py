@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
 import yaml
 
 from rankopt import ledger
@@ -193,3 +194,29 @@ def front_of(url: str, name: str = "small") -> list[tuple[str, tuple[float, ...]
     """The front: plans and what they measured."""
     result = ledger.read_result(url, name)
     return [(e.plan.digest, tuple(round(float(v or 0), 6) for v in e.measurements.values())) for e in result.front]
+
+
+MEASURE = """
+import json, os, sys, time
+runs, model = int(sys.argv[1]), sys.argv[2]
+time.sleep(0.03)
+print(json.dumps({"times_ms": [os.path.getsize(model) / 1000] * runs}))
+"""
+
+
+def measured_study(folder: Path, **changes: Any) -> Path:
+    """The same, with a latency that a program of its own measures, and which is always the same for the same plan."""
+    (folder / "measure.py").write_text(MEASURE)
+    run = [sys.executable, str(folder / "measure.py"), "{runs}", "{pt2}"]
+    target = {"name": "command", "label": "board", "run": run}
+    limits = {"limits": ["latency<=0.97x"], "space": {"methods": ["svd"], "keep": [0.3, 0.6]}, "trials": 8}
+    return small_study(folder, 0.0, **limits, target=target, cache="cache", **changes)
+
+
+def measuring(program: Program) -> list[psutil.Process]:
+    """The processes in which latency is being measured."""
+    try:
+        children = psutil.Process(program.pid).children(recursive=True)
+        return [c for c in children if any(part.endswith("measure.py") for part in c.cmdline())]
+    except psutil.Error:
+        return []

@@ -131,7 +131,6 @@ class Search:
     ) -> None:
         self.model, self.source, self.allow = model, source, tuple(allow)
         self.stopping, self.trial_timeout = stopping or Stopping(), trial_timeout
-        self.executor = chosen_executor(executor, threads or torch.get_num_threads(), trial_timeout)
         self.stopped = ""
         self.retargeted, self.recovery = retargeted, ShortRecovery.of(recovery)
         self.example, self.example_kwargs = example_input, dict(example_kwargs or {})
@@ -142,6 +141,8 @@ class Search:
                 raise DataError("calibration: needs at least 2 samples, of which some are held back to judge plans")
             calibration, validation = split(calibration, _HELD_BACK, seed)
         self.targets = [read_target(t) if isinstance(t, str) else t for t in targets]
+        cluster = next((a for t in self.targets if (a := getattr(t, "address", None))), None)  # of a ray-node target
+        self.executor = chosen_executor(executor, threads or torch.get_num_threads(), trial_timeout, cluster)
         self.cache = cache
         self.calibration, self.validation, self.tests = list(calibration), list(validation), tests
         self.metric = None if metric == "kl" else metric

@@ -141,7 +141,7 @@ class Carrying:
 
     def _full(self) -> bool:
         """Whether all workers have a trial, or too many plans wait for the device to think of more."""
-        room = self.room() if self._running or self._judged else max(self.room(), 1)
+        room = self.room()
         return len(self._running) >= room or len(self.loop.pending) >= max(2 * room - 1, 1)
 
     def _known_already(self, asked: Asked) -> bool:

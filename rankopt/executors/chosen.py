@@ -15,6 +15,7 @@ def chosen(
     given: str | Mapping[str, Any] | ExecutorOptions | Executor | None,
     threads: int = 1,
     trial_timeout: float | None = None,
+    cluster: str | None = None,
 ) -> Executor:
     """An executor from its name, its options, or as it is; None is `Local`.
 
@@ -22,6 +23,7 @@ def chosen(
         given: ``"local"``, ``"ray"``, ``{"name": "ray", "workers": 4}``, or an executor of your own.
         threads: that a trial uses.
         trial_timeout: seconds after which a trial is given up (None: never).
+        cluster: the address to take where none is given.
 
     Raises:
         InputError: an option is wrong, or Ray is not installed.
@@ -38,7 +40,7 @@ def chosen(
 
     return RayTune(
         given.workers,
-        given.address,
+        given.address or cluster,
         cpus_per_trial=given.cpus_per_trial,
         gpus_per_trial=given.gpus_per_trial,
         resources_per_trial=given.resources_per_trial,

@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from rankopt.executors.carrying import Carrying
     from rankopt.loop import Evaluate, Loop
 
+_COUNT_S = 1.0  # after which the nodes are counted again
 _TUNE = {  # quiet, without files, and in this process's own hands
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -51,7 +53,7 @@ class RayTune:
     """See above.
 
     Args:
-        workers: how many trials at once, at most (None: as many as there is room for, also on nodes that join later).
+        workers: how many trials at once, at most (None: as many as the nodes have room for, counted again and again).
         address: of a cluster, "auto" or "HOST:PORT". None: the one that this process is connected to or that
             RAY_ADDRESS names, else one of its own, which ends with it.
         cpus_per_trial: processors that are set aside for a trial (None: `threads`).
@@ -78,24 +80,25 @@ class RayTune:
         self.needs = {"CPU": float(threads) if cpus_per_trial is None else cpus_per_trial}
         self.needs |= {"GPU": gpus_per_trial} if gpus_per_trial else {}
         self.needs |= dict(resources_per_trial or {})
+        self._fits, self._counted = 0, -math.inf
 
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Ray is there inside. Raises `InputError` when no cluster answers."""
         from rankopt.targets.ray_node import connected
 
-        begun_here, own = not ray.is_initialized(), {}
-        with ExitStack() as stack:
-            if begun_here and self.address is None:
-                workers = self.workers or max(1, int((os.cpu_count() or 1) // self.needs["CPU"]))
-                own = {"num_cpus": math.ceil(workers * self.needs["CPU"]), "include_dashboard": False}
-                stack.enter_context(_environment(threads_of(self.threads)))
+        begun_here, own, threads = not ray.is_initialized(), {}, {}
+        if begun_here and self.address is None:
+            workers = self.workers or max(1, int((os.cpu_count() or 1) // self.needs["CPU"]))
+            own = {"num_cpus": math.ceil(workers * self.needs["CPU"]), "include_dashboard": False}
+            threads = threads_of(self.threads)
+        with _environment(threads):  # of the processes that are begun
             connected(self.address or "local", "executor ray", **own)
-            try:
-                yield
-            finally:
-                if begun_here:
-                    ray.shutdown()
+        try:
+            yield
+        finally:
+            if begun_here:
+                ray.shutdown()
 
     def run(self, loop: Loop, evaluate: Evaluate, told: Callable[[], None]) -> None:
         """Go on until nothing is left to do.
@@ -110,7 +113,7 @@ class RayTune:
         if evaluate.device == "cuda" and "GPU" not in self.needs:
             raise InputError("executor ray: the model is on a GPU; say how much of one a trial needs by gpus_per_trial")
         with self.ready():
-            self.room()
+            self._check_room()
             bridge = _Bridge(Carrying(loop, evaluate, told, self.room, self.trial_timeout))
             with ExitStack() as stack:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rankopt-tune-"))
@@ -132,16 +135,27 @@ class RayTune:
                 )
 
     def room(self) -> int:
-        """How many trials may run at once, as things stand; raises `InputError` where none can."""
+        """How many trials may be with workers at once: what was asked for, or what the nodes that are there can take.
+
+        Where more was asked for than that, the rest waits in Ray, which lets a cluster grow that can.
+        """
+        if self.workers is not None:
+            return self.workers
+        if time.monotonic() > self._counted + _COUNT_S:
+            self._fits, self._counted = self._fitting(), time.monotonic()
+        return self._fits
+
+    def _fitting(self) -> int:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        fits = sum(int(min(node.get(key, 0.0) / much + 1e-9 for key, much in self.needs.items())) for node in nodes)
-        if fits == 0 and nodes:
+        return sum(int(min(node.get(key, 0.0) / much + 1e-9 for key, much in self.needs.items())) for node in nodes)
+
+    def _check_room(self) -> None:
+        if self._fitting() == 0:
             from rankopt.targets.ray_node import described
 
             wanted = ", ".join(f"{much:g} {key}" for key, much in self.needs.items())
-            has = "; ".join(described(node) for node in nodes)
+            has = "; ".join(described(node["Resources"]) for node in ray.nodes() if node["Alive"])
             raise InputError(f"executor ray: no node has the {wanted} that a trial needs; the nodes have {has}")
-        return min(fits, self.workers) if self.workers else fits
 
     def _trainable(self, judge: Judge) -> Any:
         from rankopt.targets.ray_node import by_value

@@ -37,11 +37,11 @@ from rankopt.limits import Limit
 from rankopt.plan import Plan
 from rankopt.result import Entry, Progress
 from rankopt.sampling import Told
-from rankopt.stopping import Gains, Stopping, spent
+from rankopt.stopping import Stopping
 from rankopt.strategies import strategy
 from rankopt.strategies.strategy import Exhausted, Proposal, Setting, Standing
-from rankopt.trials import Trials, proposal_of
-from rankopt.worth import excess_over, signed, told_values, volume, worth
+from rankopt.trials import Trials, proposal_of, spent
+from rankopt.worth import Gains, excess_over, signed, told_values, volume, worth
 
 _MAX_FAILURES = 8
 _MOST_RETRIES = 2

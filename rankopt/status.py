@@ -16,9 +16,9 @@ from rankopt.heartbeat import BEAT, WORKER, seems_alive
 from rankopt.ledger import INTERRUPTED, PLAN, REASON, WANTED, counts, read_study, result_of
 from rankopt.limits import Limit
 from rankopt.plan import Plan
-from rankopt.stopping import Gains, spent
 from rankopt.storages import writer_of
-from rankopt.worth import volume
+from rankopt.trials import spent
+from rankopt.worth import Gains, volume
 
 _RECENT = 20  # trials that the rate is taken over
 
@@ -58,7 +58,7 @@ class Status:
         running: what is under way.
         interrupted: trials whose process ended before they did.
         again: how many interrupted plans are still to be run again.
-        seconds: in which at least one trial ran.
+        seconds: in which somebody was at work on trials.
         per_minute: trials, over the last of them (None: fewer than two).
         best: what the best plan within the limits measured, and its trial (None: none keeps them).
         hypervolume: of the front.

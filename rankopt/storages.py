@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,11 +23,12 @@ from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBSto
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from rankopt.errors import InputError
 from rankopt.heartbeat import identity, lives
 
+_TABLE_TRIES = 20
 SERVERS = ("postgresql", "mysql", "mariadb")  # databases that several drivers may write to
 _EXTRAS = {"psycopg": "rankopt[postgres]", "psycopg2": "psycopg2-binary", "mysqldb": "mysqlclient"}
 
@@ -54,7 +56,7 @@ def open_storage(url: str | None) -> BaseStorage:
                 raise InputError(f"storage {url}: names no file; write journal:///FILE.log")
             return JournalStorage(JournalFileBackend(str(path)))
         if url.startswith("sqlite:"):
-            return RDBStorage(url, {"connect_args": {"factory": _Connection}})
+            return _file(url)
         return _server(url)
     except ImportError:
         driver = make_url(url).get_driver_name()
@@ -169,6 +171,18 @@ def _execute(connection: Connection, statement: str, given: dict[str, Any]) -> N
         connection.execute(text(statement), given)
     except SQLAlchemyError as error:
         raise StorageInternalError(str(error)) from error
+
+
+def _file(url: str) -> RDBStorage:
+    """An SQLite file. Who reads it in the moment in which a search makes its tables finds some of them there."""
+    for attempt in range(_TABLE_TRIES):
+        try:
+            return RDBStorage(url, {"connect_args": {"factory": _Connection}})
+        except OperationalError as error:
+            if "already exists" not in str(error) or attempt == _TABLE_TRIES - 1:
+                raise
+            time.sleep(0.1)
+    raise AssertionError
 
 
 def _server(url: str) -> RDBStorage:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from datetime import datetime
 from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from rankopt.heartbeat import Heartbeat, Liveness
+from rankopt.heartbeat import BEAT, WORKER, Heartbeat, Liveness
 from rankopt.ledger import ENVIRONMENT, INTERRUPTED, KILLED, PLAN, PROPOSAL, REASON, begin, counts, finish, written
 from rankopt.machine import here
 from rankopt.plan import Plan
@@ -157,3 +158,28 @@ def proposal_of(trial: FrozenTrial) -> Proposal:
 
 def _digest(trial: FrozenTrial) -> str:
     return Plan.from_dict(trial.user_attrs[PLAN], f"trial {trial.number}").digest if PLAN in trial.user_attrs else ""
+
+
+def spent(trials: Sequence[FrozenTrial]) -> float:
+    """Seconds in which somebody was at work on these trials: a driver is from the beginning of its first one to the end
+    of its last one. One that was interrupted ran until its time was renewed last."""
+    spans: dict[Any, tuple[datetime, datetime]] = {}
+    for trial in trials:
+        if trial.datetime_start is not None:
+            driver = trial.user_attrs.get(WORKER, {}).get("id", trial.number)
+            start, end = spans.get(driver, (datetime.max, datetime.min))
+            spans[driver] = (min(start, trial.datetime_start), max(end, _end(trial)))
+    total, until = 0.0, datetime.min
+    for start, end in sorted(spans.values()):
+        if end > until:
+            total += (end - max(start, until)).total_seconds()
+            until = end
+    return total
+
+
+def _end(trial: FrozenTrial) -> datetime:
+    start = trial.datetime_start or datetime.min
+    if trial.datetime_complete is not None and trial.user_attrs.get(REASON) != INTERRUPTED:
+        return trial.datetime_complete
+    beat = trial.user_attrs.get(BEAT)
+    return max(start, datetime.fromtimestamp(beat)) if isinstance(beat, int | float) else start

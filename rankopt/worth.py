@@ -87,3 +87,24 @@ class Grown:
         grown = replace(self._result, entries=[*self._front, replace(entry, feasible=True)])
         self._front = grown.front
         self.volume = max(self.volume, volume(replace(grown, entries=self._front)))
+
+
+class Gains:
+    """How many trials there were since the last one by which the front grew.
+
+    As long as no plan keeps the limits it is the front of all plans, and afterwards that of those that do.
+    """
+
+    def __init__(self, empty: Result) -> None:
+        self._all, self._kept = Grown(empty), Grown(empty)
+        self.without = 0
+
+    def add(self, entry: Entry | None) -> None:
+        """The next trial, and what it measured if it did."""
+        before = (self._kept.volume, 0.0 if self._kept.volume else self._all.volume)
+        if entry is not None:
+            self._all.add(entry)
+            if entry.feasible:
+                self._kept.add(entry)
+        after = (self._kept.volume, 0.0 if self._kept.volume else self._all.volume)
+        self.without = 0 if after > before else self.without + 1

@@ -27,7 +27,6 @@ HOMES = {
         "rankopt.storages",
         "rankopt.heartbeat",
         "rankopt.trials",
-        "rankopt.stopping",
         "rankopt.sampling",
         "rankopt.history",
         "rankopt.status",

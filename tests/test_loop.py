@@ -326,11 +326,11 @@ def test_the_time_limit_counts_all_runs_together(tmp_path: Path) -> None:
     loop = loop_on(url, 500, stopping=Stopping(time_limit=0.6))
     Local().run(loop, slow, lambda: None)
     assert loop.stopped == "stopped: the time limit of 0.6 s is over"
-    assert 2 <= loop.done <= 12
+    assert 1 <= loop.done <= 12
     assert all(t.state.is_finished() for t in trials_of(url))
-    again = loop_on(url, 500, stopping=Stopping(time_limit=0.5))
+    again = loop_on(url, 500, stopping=Stopping(time_limit=0.3))
     assert again.ask() is None
-    longer = loop_on(url, 500, stopping=Stopping(time_limit=1.2))
+    longer = loop_on(url, 500, stopping=Stopping(time_limit=1.6))
     Local().run(longer, slow, lambda: None)
     assert longer.done > again.done
-    assert longer.done < 3 * again.done + 4
+    assert longer.done <= 24

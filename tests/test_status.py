@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from test_loop import loop_on
-from test_study import CODE, LIMITS, environment, measure, search, shell, trials_of
+from test_study import CODE, LIMITS, measure, search, trials_of
 
 from rankopt import interrupts, ledger
 from rankopt.cli import main
@@ -152,56 +150,6 @@ def test_what_others_do_with_ctrl_c_is_left_alone() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-SLOW = CODE.replace("time.sleep(0.1)", "print('measuring', flush=True); WAIT")
-
-
-@pytest.mark.parametrize(
-    ("wait", "twice"),
-    [("time.sleep(30)", False), ("lock(mutex) or lock(mutex)", True)],  # the second hangs in compiled code
-)
-def test_ctrl_c_ends_a_search_and_twice_at_once(tmp_path: Path, wait: str, twice: bool) -> None:
-    (tmp_path / "code.py").write_text(SLOW.replace("WAIT", f"({wait}) if os.path.exists('slow') else None").replace(
-        "import time", "import ctypes, os, time\nlock = ctypes.CDLL(None).pthread_mutex_lock\nmutex = bytearray(64)\n"
-        "mutex = (ctypes.c_char * 64).from_buffer(mutex)",
-    ))  # fmt: skip
-    content = {"model": "code.py:model", "data": "code.py:data", "metric": "code.py:metric", "trials": 6}
-    content |= {"space": {"methods": ["svd"], "keep": {"levels": 8}}, "limits": ["macs<=70%"], "precision": "float32"}
-    (tmp_path / "k.yaml").write_text(yaml.safe_dump(content))
-    process = subprocess.Popen(
-        shell("search", "k.yaml", "--storage", "k.db"), env=environment(), cwd=tmp_path, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    assert process.stdout is not None
-    for _ in range(3):  # the dense model, and the first trials
-        assert process.stdout.readline() == "measuring\n"
-    (tmp_path / "slow").touch()
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    start = time.monotonic()
-    if twice:
-        time.sleep(0.3)
-        assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=25)
-    assert time.monotonic() - start < 20
-    assert process.returncode == 130
-    assert ("what was measured is kept, the same command goes on" in err) == (not twice)
-    states = [(t.state.name, t.user_attrs.get("reason")) for t in trials_of(str(tmp_path / "k.db"), "k")]
-    assert states[-1] == (("RUNNING", None) if twice else ("FAIL", "interrupted"))
-    (tmp_path / "slow").unlink()
-    done = subprocess.run(
-        shell("search", "k.yaml", "--storage", "k.db", "--quiet"), env=environment(), cwd=tmp_path, check=False,
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    after = trials_of(str(tmp_path / "k.db"), "k")
-    assert sum(ledger.counts(t) for t in after) == 6
-    plans = [Plan.from_dict(t.user_attrs["plan"]).digest for t in after if ledger.counts(t)]
-    assert len(set(plans)) == 6 - sum("same_as" in t.user_attrs for t in after)
-    assert Plan.from_dict(after[len(states) - 1].user_attrs["plan"]).digest in plans
 
 
 # the options ---------------------------------------------------------------------------------------------------------

@@ -12,13 +12,16 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from rankopt.durations import seconds_of
 from rankopt.plan import Plan
 from rankopt.result import Entry, Result
-from rankopt.stopping import Gains, Stopping, spent
+from rankopt.stopping import Stopping
+from rankopt.trials import spent
+from rankopt.worth import Gains
 
 START = datetime(2026, 3, 1, 12)
 
 
 def trial(start: float, end: float | None, **attributes: object) -> FrozenTrial:
     made = create_trial(state=TrialState.FAIL, user_attrs=dict(attributes))
+    made.number = int(start * 1000 + (end or 0))
     made.datetime_start = START + timedelta(seconds=start)
     made.datetime_complete = None if end is None else START + timedelta(seconds=end)
     return made
@@ -42,6 +45,12 @@ def test_what_is_no_duration(wrong: object) -> None:
 def test_time_in_which_something_ran_is_that_of_a_clock(spans: list[tuple[int, int]]) -> None:
     ticks = {t for start, length in spans for t in range(start, start + length)}
     assert spent([trial(a, a + length) for a, length in spans]) == len(ticks)
+
+
+def test_what_a_driver_does_between_its_trials_is_work_too() -> None:
+    one, other = {"id": "a"}, {"id": "b"}
+    found = [trial(0, 10, worker=one), trial(15, 20, worker=one), trial(100, 110, worker=other), trial(18, 30)]
+    assert spent(found) == 30 + 10
 
 
 def test_an_interrupted_trial_ran_until_it_was_heard_of_last() -> None:

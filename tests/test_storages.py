@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from test_study import ROOT, environment, search, trials_of
+from optuna.storages import RDBStorage
+from sqlalchemy.exc import OperationalError
+from test_study import environment, search, trials_of
 
 from rankopt import ledger
-from rankopt.errors import InputError
+from rankopt.cli import _fail
+from rankopt.errors import InputError, RankoptError
 from rankopt.storages import alone, file_of, only_writer, open_storage, shared, shown
 
 HOLD = """
@@ -141,35 +147,33 @@ def test_a_file_that_is_no_journal_is_not_cut(tmp_path: Path) -> None:
     assert path.read_text() == "my notes\nno end"
 
 
-FULL = """
-import resource, sys
-sys.path[:0] = [sys.argv[2]]
-from test_study import search
-from rankopt.cli import _fail
-from rankopt.errors import RankoptError
-from rankopt.storages import only_writer
-import time
-time.sleep = lambda seconds: None  # Optuna tries again for seconds
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
-try:
-    with only_writer(sys.argv[1], "s"):
-        search(sys.argv[1], 400)
-except RankoptError as error:
-    sys.exit(_fail(error.message))
-"""
+def on_a_full_disk(url: str, size: int, out: Path) -> None:
+    """A limit on the size of files acts as a full disk does: a write ends in the middle."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    code = 0
+    try:
+        with only_writer(url, "s"):
+            search(url, 400)
+    except RankoptError as error:
+        sys.stderr = out.open("w")
+        code = _fail(error.message)
+        sys.stderr.flush()
+    os._exit(code)
 
 
 @pytest.mark.parametrize(("file", "size"), [("s.db", 600_000), ("s.log", 60_000)])
-def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, file: str, size: int) -> None:
-    """A limit on the size of files acts as a full disk does: a write ends in the middle."""
-    url = str(tmp_path / file)
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, url, str(ROOT / "tests"), str(size)],
-        env=environment(), capture_output=True, text=True, check=False, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("rankopt: error: study s: its storage can't be written: ")
-    assert done.stderr.count("\n") == 1
+def test_a_full_disk_is_one_line_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, size: int
+) -> None:
+    url, out = str(tmp_path / file), tmp_path / "said"
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # Optuna tries again for seconds
+    process = multiprocessing.get_context("fork").Process(target=on_a_full_disk, args=(url, size, out))
+    process.start()
+    process.join(200)
+    said = out.read_text()
+    assert process.exitcode == 2, said
+    assert said.startswith("rankopt: error: study s: its storage can't be written: ")
+    assert said.count("\n") == 1
     before = [(t.number, t.state, t.values) for t in trials_of(url) if t.state.is_finished()]
     assert before
     with only_writer(url, "s"):
@@ -178,3 +182,21 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, file: str, si
     assert [(t.number, t.state, t.values) for t in after][: len(before)] == before
     assert all(t.state.is_finished() for t in after)
     assert sum(ledger.counts(t) for t in after) == len(before) + 3
+
+
+def test_a_study_is_read_while_its_tables_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rankopt status` in the moment in which a search begins: another process makes the tables first."""
+    url, make, calls = f"sqlite:///{tmp_path / 's.db'}", RDBStorage.__init__, 0
+
+    def late(self: RDBStorage, *args: Any, **options: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise OperationalError("CREATE TABLE studies", {}, Exception("table studies already exists"))
+        make(self, *args, **options)
+
+    (tmp_path / "s.db").touch()
+    monkeypatch.setattr(RDBStorage, "__init__", late)
+    with pytest.raises(InputError, match="it holds no study"):
+        ledger.read_study(url, "s")
+    assert calls == 2

@@ -53,7 +53,7 @@ def asked(address: str, path: str, seconds: float = 60) -> Any:
             time.sleep(0.1)
 
 
-@pytest.mark.parametrize("file", ["s.db", "s.log"])
+@pytest.mark.parametrize("file", ["s.db", pytest.param("s.log", marks=pytest.mark.slow)])
 def test_a_study_that_runs_is_shown(programs: Programs, tmp_path: Path, file: str) -> None:
     limits = ["macs<=70%", "kl<=1.5"]
     study = small_study(tmp_path, 0.2, limits=limits, objectives=["kl", "macs"], trials=400)

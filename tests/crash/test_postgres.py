@@ -21,7 +21,7 @@ from rankopt.status import read_status
 from rankopt.storages import alone, open_storage, shared
 
 pytestmark = pytest.mark.skipif(postgres.why_not() is not None, reason=str(postgres.why_not()))
-TRIALS = 24
+TRIALS = 16
 
 
 @pytest.fixture(scope="module")
@@ -120,17 +120,17 @@ def test_many_drivers_in_threads(url: str) -> None:
 
     def drive() -> None:
         try:
-            Local().run(loop_on(url, 40), measure, lambda: None)
+            Local().run(loop_on(url, 24), measure, lambda: None)
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=drive) for _ in range(5)]
+    threads = [threading.Thread(target=drive) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(120)
     assert not errors
-    check(url, {}, 40, "s")
+    check(url, {}, 24, "s")
 
 
 def test_only_one_holds_off_the_others(url: str) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 
 
 def child(arguments: list[str], log: str) -> int:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell ignores it in the background
     out = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for number, target in ((0, os.open(os.devnull, os.O_RDONLY)), (1, out), (2, out)):
         os.dup2(target, number)

@@ -33,6 +33,7 @@ def cluster() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setattr("ray._private.utils.set_sigterm_handler", lambda handler: None)  # a thread lets nodes join
         head = {"num_cpus": 2, "object_store_memory": 100 * 2**20, "include_dashboard": False}
         made = Cluster(initialize_head=True, head_node_args=head)
         yield made

@@ -50,7 +50,7 @@ def started() -> Iterator[None]:
         ray.shutdown()
 
 
-def carried_out(evaluate: Any, trials: int = 6, workers: int = 2, loop: Loop | None = None, **options: Any) -> Loop:
+def carried_out(evaluate: Any, trials: int = 6, workers: int = 1, loop: Loop | None = None, **options: Any) -> Loop:
     from rankopt.executors.ray_tune import RayTune
 
     loop = loop or loop_of(trials)
@@ -188,7 +188,7 @@ def test_a_study_goes_on_without_repeating_anything(started: None, tmp_path: Pat
     again = loop_of(9, url)
     from rankopt.executors.ray_tune import RayTune
 
-    RayTune(2).run(again, Parted(), lambda: None)
+    RayTune(1).run(again, Parted(), lambda: None)
     plans = [json.dumps(t.user_attrs["plan"]) for t in stored(url)]
     assert len(set(plans)) == len(plans) == 9
     assert {t.state for t in stored(url)} == {TrialState.COMPLETE}

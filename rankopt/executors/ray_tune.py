@@ -26,12 +26,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import ray
-from ray import tune
-from ray.tune.search import Searcher
-
 from rankopt.errors import InputError, reason_of
 from rankopt.executors.worker import Judge, carried_out, order, pin, threads_of
+from rankopt.ray_environment import quiet
+
+quiet()
+import ray  # noqa: E402
+from ray import tune  # noqa: E402
+from ray.tune.search import Searcher  # noqa: E402
 
 if TYPE_CHECKING:
     from rankopt.executors.carrying import Carrying

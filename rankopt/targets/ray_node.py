@@ -23,6 +23,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from rankopt.errors import InputError, KilledError
 from rankopt.measurement import Measurement
+from rankopt.ray_environment import quiet
 from rankopt.targets import make
 from rankopt.targets.target import Subject, Target
 from rankopt.targets.torch_cpu import first_line
@@ -31,7 +32,6 @@ from rankopt.timing import Effort
 What = Literal["conditions", "measure", "peak_memory"]
 _RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
 _LOOK = 2.0  # seconds between two looks at whether the node is still there
-_QUIET = {"RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 class RayNode(Target):
@@ -189,8 +189,7 @@ def connected(address: str | None, where: str, **own: Any) -> Any:
     Raises:
         InputError: no cluster answers there, or Ray is not installed.
     """
-    for key, value in _QUIET.items():
-        os.environ.setdefault(key, value)
+    quiet()
     try:
         import ray
     except ImportError:

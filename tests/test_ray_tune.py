@@ -43,7 +43,7 @@ def started() -> Iterator[None]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         ray.init(
-            num_cpus=2, include_dashboard=False, object_store_memory=150 * 2**20, log_to_driver=False,
+            address="local", num_cpus=2, include_dashboard=False, object_store_memory=150 * 2**20, log_to_driver=False,
             logging_level="ERROR",
         )  # fmt: skip
         yield

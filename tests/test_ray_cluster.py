@@ -58,11 +58,13 @@ def test_latency_is_measured_on_the_device_only_and_the_study_survives_its_death
     boards = [cluster.add_node(**BOARD)]
     head = cluster.head_node.node_id
     went = threading.Event()
+    over = threading.Event()
     back: list[threading.Thread] = []
 
     def join_again() -> None:
         time.sleep(3)
         boards.append(cluster.add_node(**BOARD))
+        over.wait()  # Ray's processes die with the thread that began them
 
     def watch(progress: Any) -> None:
         if progress.done == 4 and progress.total and not went.is_set():
@@ -71,7 +73,10 @@ def test_latency_is_measured_on_the_device_only_and_the_study_survives_its_death
             back.append(threading.Thread(target=join_again))
             back[0].start()
 
-    result = searched(cluster, tmp_path, 16).run(watch)
+    try:
+        result = searched(cluster, tmp_path, 16).run(watch)
+    finally:
+        over.set()
     back[0].join()
     trials = stored(str(tmp_path / "s.db"))
     assert went.is_set()

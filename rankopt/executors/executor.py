@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from rankopt.loop import Evaluate, Loop
@@ -24,6 +25,9 @@ class Executor(Protocol):
     `Loop.retry` begins a trial again whose worker died, and `Loop.interrupt` marks all that are under way when the
     study is to end now.
     """
+
+    def ready(self) -> AbstractContextManager[None]:
+        """What it needs is there inside, from before anything is measured until the winner was measured again."""
 
     def run(self, loop: Loop, evaluate: Evaluate, told: Callable[[], None]) -> None:
         """Go on until `loop.finished`; call `told` after every trial that was told."""

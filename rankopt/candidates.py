@@ -28,7 +28,7 @@ from rankopt.kinds import kind_named
 from rankopt.layer_spec import LayerSpec, inside
 from rankopt.plan import DENSE, LayerChoice, Plan
 from rankopt.prediction import predict
-from rankopt.rank_split import split
+from rankopt.rank_split import every_count, split
 from rankopt.space_file import LayerSpace
 from rankopt.spool import Spool
 
@@ -295,7 +295,8 @@ def _group(
         offered = [
             LayerChoice(name, ranks)
             for quantity in [q for q in way.saves if getattr(first, q)] or ["params"]
-            for ranks in split(way, first, full, keeps, space.rank_multiple, quantity).values()
+            for count in every_count(way, first)
+            for ranks in split(way, first, full, keeps, space.rank_multiple, quantity, count).values()
         ]
         for choice in [*offered, *(c for c in further if c.method == name)]:
             if choice not in choices and _pays(first, choice) and _within(first, choice, space.cap):

@@ -163,6 +163,9 @@ def test_every_method_has_a_row() -> None:
     }
     for name, fits, ranks in rows[:-1]:
         way = table()[name]
+        if fits == "capsules":  # test_capsules.py has their ranks
+            assert all(way.why_not(layer) for layer in layers.values()), name
+            continue
         assert (way.why_not(layers["Linear"]) is None) == ("Linear" in fits), name
         tensors = fits == "Linear, Embedding"
         assert (way.why_not(layers["depthwise"]) is None) == ("not depthwise" not in fits and not tensors), name

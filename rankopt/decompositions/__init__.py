@@ -6,11 +6,13 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from rankopt.decompositions.block_term import BlockTerm
+from rankopt.decompositions.capsule_methods import CapsCp, CapsRouting, CapsSvd, CapsTt, CapsTucker
 from rankopt.decompositions.cp import Cp
 from rankopt.decompositions.cp_matrix import CpMatrix
 from rankopt.decompositions.decomposition import Decomposition
 from rankopt.decompositions.hierarchical_tucker import HierarchicalTucker
 from rankopt.decompositions.ring_matrix import RingMatrix
+from rankopt.decompositions.shared_votes import CapsShared
 from rankopt.decompositions.spatial_svd import SpatialSvd
 from rankopt.decompositions.svd import Svd, SvdIn
 from rankopt.decompositions.tensor_ring import TensorRing
@@ -29,6 +31,7 @@ _OWN: tuple[type[Decomposition], ...] = (
     *(Svd, SvdIn, SpatialSvd, Tucker2, Tucker, Cp, TensorTrain, TensorRing),
     *_TENSORIZED,
     *(memory(cls) for cls in _TENSORIZED),
+    *(CapsSvd, CapsTucker, CapsCp, CapsTt, CapsShared, CapsRouting),
 )
 
 

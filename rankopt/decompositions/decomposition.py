@@ -63,6 +63,11 @@ class Decomposition(ABC):
     def rank_bounds(self, layer: LayerSpec) -> dict[str, int]:
         """The largest useful value of every rank."""
 
+    def counted(self, layer: LayerSpec) -> tuple[str, ...]:
+        """Those of its ranks that are counts of something, such as iterations, which no spectrum orders: candidates are
+        made for each of their values."""
+        return ()
+
     @abstractmethod
     def factorize(self, layer: LayerSpec, weight: Tensor, metric: Metric) -> Factors:
         """Prepare a weight (groups, out, in, *kernel) in float32 or float64 once, for all ranks."""
@@ -165,6 +170,8 @@ def one_channel(layer: LayerSpec) -> str | None:
     if layer.dims == 0 and layer.kind not in MATRICES:
         return f"a layer of kind {layer.kind} is more than one matrix"
     _, o, i, *_ = layer.group_shape
+    if layer.dims == 0 and layer.kind not in ("linear", "embedding"):
+        return f"{layer.kind} is more than one linear map"
     if o == 1 or i == 1:
         side = "input" if i == 1 else "output"
         return f"one {side} channel{' a group' if layer.groups > 1 else ''} leaves nothing to split"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankopt.executor_options import ExecutorOptions, executor_section
-from rankopt.executors.executor import Executor
-from rankopt.executors.local import Local
 from rankopt.yaml_file import parse
+
+if TYPE_CHECKING:
+    from rankopt.executors.executor import Executor
 
 
 def chosen(
@@ -28,6 +29,8 @@ def chosen(
     Raises:
         InputError: an option is wrong, or Ray is not installed.
     """
+    from rankopt.executors.local import Local  # both executors load Optuna: only a search that runs pays for it
+
     if given is None:
         return Local(trial_timeout)
     if not isinstance(given, str | Mapping | ExecutorOptions):

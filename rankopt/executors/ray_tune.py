@@ -164,8 +164,9 @@ class RayTune:
 
         try:
             with by_value(ray, list(sys.modules)):  # the model's classes, the metric: whatever is not installed
-                given = {"judge": judge, "threads": self.threads, "seconds": self.trial_timeout}
-                made = tune.with_parameters(_Worker, **given)
+                # put here: what Tune fails to put it tries to put again at every later ray.init of this process
+                given = ray.put(judge)
+                made = tune.with_parameters(_Worker, judge=given, threads=self.threads, seconds=self.trial_timeout)
         except Exception as error:
             raise InputError(
                 f"executor ray: the model, data or metric can't be sent to workers: {reason_of(error)}"

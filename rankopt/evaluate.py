@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,19 @@ class Evaluation:
     violations: dict[str, float]
     stopped: str | None = None
     notes: dict[str, float] = field(default_factory=dict)
+
+
+class Evaluate(Protocol):
+    """What measures a plan, such as an `Evaluator`."""
+
+    def __call__(
+        self,
+        plan: Plan,
+        limits: Sequence[Limit],
+        worth: Callable[[Mapping[str, float]], bool] = ...,
+        known: Mapping[str, float] | None = None,
+    ) -> Evaluation:
+        """Measure."""
 
 
 class Evaluator:

@@ -103,7 +103,7 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_the_walk_through_is_true(machines: Machines) -> None:
     shown = commands()
     kinds = [(machine, words[0], words[1]) for machine, words in shown]
@@ -144,8 +144,8 @@ def test_the_walk_through_is_true(machines: Machines) -> None:
 
 
 def wait_for(search: subprocess.Popen[str], there: Any, database: Path) -> None:
-    """Until something is in the storage; at most three minutes, and no longer than the search lives."""
-    for _ in range(900):
+    """Until something is in the storage; at most eight minutes, and no longer than the search lives."""
+    for _ in range(2400):
         if database.exists():
             try:
                 if there():

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from rankopt.loop import Evaluate, Loop
+from rankopt.evaluate import Evaluate
+from rankopt.loop import Loop
 
 
 class Executor(Protocol):

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 from rankopt.errors import KilledError
-from rankopt.evaluate import Evaluation
+from rankopt.evaluate import Evaluate, Evaluation
 from rankopt.executors.time_limit import OutOfTime, at_most, too_long
-from rankopt.loop import Asked, Evaluate, Loop
+from rankopt.loop import Asked, Loop
 
 
 class Local:

@@ -36,8 +36,9 @@ from ray import tune  # noqa: E402
 from ray.tune.search import Searcher  # noqa: E402
 
 if TYPE_CHECKING:
+    from rankopt.evaluate import Evaluate
     from rankopt.executors.carrying import Carrying
-    from rankopt.loop import Evaluate, Loop
+    from rankopt.loop import Loop
 
 _COUNT_S = 1.0  # after which the nodes are counted again
 _TUNE = {  # quiet, without files, and in this process's own hands

@@ -219,11 +219,16 @@ def test_ctrl_c_while_a_trial_is_written_down_leaves_none_running(
         return real(*args, **given)
 
     monkeypatch.setattr(storage, doing, interrupted)
-    with pytest.raises(KeyboardInterrupt), interrupts.handled():
-        try:
-            Local().run(loop, measure, lambda: None)
-        finally:
-            loop.interrupt()
+
+    def run() -> None:
+        with interrupts.handled():
+            try:
+                Local().run(loop, measure, lambda: None)
+            finally:
+                loop.interrupt()
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
     assert {t.state.name for t in trials_of(url)} <= {"COMPLETE", "FAIL"}
     again = loop_on(url, trials=6)
     Local().run(again, measure, lambda: None)

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.decompositions import method
-from rankopt.errors import PlanError
+from rankopt.errors import LayerError, PlanError
 from rankopt.layer_spec import KINDS, LayerSpec, ungroup_weight
 from rankopt.layers import static_layers
 from rankopt.nn.folded import Folded
+from rankopt.nn.rebuilt import Rebuilt
+from rankopt.nn.slopes import Slopes
 from rankopt.plan import LayerChoice, Plan
 from rankopt.surgery import checked
 
@@ -28,23 +30,47 @@ class Chain:
 
     layer: LayerSpec
     choice: LayerChoice
-    modules: nn.Sequential
+    modules: nn.Sequential | Rebuilt
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        """The modules that have weights: all but the activations between them."""
+        return [module for module in self.modules.children() if not isinstance(module, Slopes)]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias, which the last stage holds."""
+        holder: Any = self.modules if isinstance(self.modules, Rebuilt) else self.stages[-1]
+        return holder.bias
+
+    @property
+    def moved(self) -> int:
+        """How many slopes between the stages are no longer 1; with any, no dense layer computes the same."""
+        return sum(module.moved for module in self.modules.children() if isinstance(module, Slopes))
 
     def weights(self) -> list[Tensor]:
         """Weights of the stages, as from `Decomposition.stage_weights`: views of the parameters, with gradients."""
+        if isinstance(self.modules, Rebuilt):
+            return list(self.modules.factors)
         shapes = method(self.choice.method).stage_shapes(self.layer, self.choice.ranks)
-        return [_stage_weight(module, shape) for module, shape in zip(self.modules, shapes, strict=True)]
+        return [_stage_weight(module, shape) for module, shape in zip(self.stages, shapes, strict=True)]
 
     def product(self) -> Tensor:
-        """The dense weight (groups, out, in, *kernel) that the chain computes with; gradients reach all factors."""
+        """The dense weight (groups, out, in, *kernel) that the stages stand for; gradients reach all factors.
+
+        Activations between them are passed over: it is that of slopes of 1.
+        """
         return method(self.choice.method).reconstruct(self.layer, self.weights())
 
     def components(self) -> list[Tensor]:
         """For every stage that mixes channels, its rank components as rows: (groups, rank, entries).
 
-        Those of the last stage are its inputs, those of the others their outputs.
+        Those of the last stage are its inputs, those of the others their outputs. A layer that rebuilds its weight has
+        none.
         """
-        found = []
+        found: list[Tensor] = []
+        if isinstance(self.modules, Rebuilt):
+            return found
         stages = method(self.choice.method).stages(self.layer, self.choice.ranks)
         for number, (stage, weight) in enumerate(zip(stages, self.weights(), strict=True)):
             if stage.depthwise:
@@ -65,13 +91,16 @@ def chains(dense: nn.Module, model: nn.Module, plan: Plan) -> list[Chain]:
     for layer, choice in checked(dense, plan, weights=False):
         chain = modules.get(layer.name)
         shapes = method(choice.method).stage_shapes(layer, choice.ranks)
-        if not isinstance(chain, nn.Sequential) or len(chain) != len(shapes):
+        one = Chain(layer, choice, chain) if isinstance(chain, nn.Sequential | Rebuilt) else None
+        if one is None or not _made_by(one, len(shapes)):
             raise PlanError(f"{layer.name}: the plan says {choice}, but the model was not made by it")
-        found.append(Chain(layer, choice, chain))
         try:
-            found[-1].weights()
+            fits = [tuple(w.shape) for w in one.weights()] == [tuple(shape) for shape in shapes]
         except RuntimeError:
-            raise PlanError(f"{layer.name}: the plan says {choice}, but the model has other ranks there") from None
+            fits = False
+        if not fits:
+            raise PlanError(f"{layer.name}: the plan says {choice}, but the model has other ranks there")
+        found.append(one)
     return found
 
 
@@ -89,18 +118,25 @@ def merged(dense: nn.Module, model: nn.Module, plan: Plan) -> nn.Module:
 
     Raises:
         PlanError: the model was not made by this plan.
+        LayerError: training has moved an activation between the stages of a layer, which no dense layer computes.
     """
     found = chains(dense, model, plan)
+    for chain in found:
+        if chain.moved:
+            raise LayerError(
+                f"{chain.layer.name}: {chain.choice} can't be put back into the dense shape: training has moved"
+                f" {chain.moved} slopes of its activations, and no dense layer computes the same; use"
+                f" {method(chain.choice.method).twin} where that is needed"
+            )
     result, state = copy.deepcopy(dense), model.state_dict()
     with torch.no_grad():
         for chain in found:
-            last: Any = chain.modules[-1]
             weight = ungroup_weight(chain.layer, chain.product())
             for name in (chain.layer.name, *chain.layer.aliases):
                 dot = f"{name}." if name else ""
                 state[f"{dot}weight"] = weight
                 if chain.layer.bias:
-                    state[f"{dot}bias"] = last.bias
+                    state[f"{dot}bias"] = chain.bias
         own = result.state_dict()
         for name, value in own.items():
             if isinstance(value, Tensor):
@@ -117,6 +153,8 @@ def balance(chains: Sequence[Chain], sweeps: int = 4) -> None:
     """
     with torch.no_grad():
         for chain in chains:
+            if isinstance(chain.modules, Rebuilt):
+                continue
             stages = method(chain.choice.method).stages(chain.layer, chain.choice.ranks)
             weights = chain.weights()
             shared = any(isinstance(module, Folded) for module in chain.modules)
@@ -126,6 +164,15 @@ def balance(chains: Sequence[Chain], sweeps: int = 4) -> None:
             for _ in range(sweeps if len(weights) > 2 else 1):
                 for number in range(len(weights) - 1):
                     _balanced(weights[number], weights[number + 1], stages[number + 1].depthwise)
+
+
+def _made_by(chain: Chain, stages: int) -> bool:
+    """Whether the modules are of the kind that the choice's method builds."""
+    way = method(chain.choice.method)
+    if isinstance(chain.modules, Rebuilt):
+        return way.saves == "params" and len(chain.modules.factors) == stages
+    activations = len(chain.modules) - len(chain.stages)
+    return len(chain.stages) == stages and (activations == 0) == way.linear and way.saves == "macs"
 
 
 def _balanced(first: Tensor, second: Tensor, depthwise: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from rankopt import cli_recovery, cli_show, saved_verbs
+from rankopt import cli_compare, cli_recovery, cli_show, saved_verbs
 from rankopt.cli_options import (
     Exports,
     Force,
@@ -256,6 +256,7 @@ app.command()(saved_verbs.verify)
 app.command()(saved_verbs.diff)
 for verb in (cli_show.report, cli_show.plot, cli_show.trials):
     app.command()(verb)
+app.command()(cli_compare.compare)
 app.command()(cli_recovery.recover)
 app.command()(cli_recovery.compress)
 

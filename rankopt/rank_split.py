@@ -34,12 +34,14 @@ def split(
     keeps: Sequence[float],
     multiple: int = 1,
 ) -> dict[float, dict[str, int]]:
-    """For every share of the dense MACs, the ranks that lose the least energy among those that cost no more.
+    """For every share of the dense cost, the ranks that lose the least energy among those that cost no more.
+
+    The cost is the one that the method saves: MACs, or parameters.
 
     Args:
         way, layer: the method and the layer.
         factors: what `way.factorize` returned; several for layers of one shape that must share their ranks.
-        keeps: shares of the layer's MACs in (0, 1].
+        keeps: shares of the layer's cost in (0, 1].
         multiple: ranks are multiples of this.
 
     Returns:
@@ -53,7 +55,7 @@ def split(
     found: dict[float, dict[str, int]] = {}
     grid = _cost(way, layer, several, names, axes)
     for keep in keeps:
-        budget = keep * layer.macs
+        budget = keep * getattr(layer, way.saves)
         best = _best(grid, budget)
         if best is None:
             continue
@@ -80,16 +82,16 @@ def _cost(
     )
     ranks = {n: mesh[:, i] for i, n in enumerate(names)}
     lost = sum(np.asarray(way.lost(f, ranks), dtype=float) for f in factors)
-    return ranks, np.asarray(way.macs(layer, ranks), dtype=float), np.asarray(lost, dtype=float)
+    return ranks, np.asarray(getattr(way, way.saves)(layer, ranks), dtype=float), np.asarray(lost, dtype=float)
 
 
 def _best(table: _Table, budget: float) -> dict[str, int] | None:
-    ranks, macs, lost = table
-    fits = macs <= budget
+    ranks, costs, lost = table
+    fits = costs <= budget
     if not fits.any():
         return None
     # of equal losses (up to rounding) the cheapest
-    order = np.lexsort((macs, np.where(fits, np.round(lost, 12), np.inf)))
+    order = np.lexsort((costs, np.where(fits, np.round(lost, 12), np.inf)))
     return {n: int(r[order[0]]) for n, r in ranks.items()}
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from functools import cache
 from importlib.metadata import entry_points
 
+from rankopt.decompositions.activated import Activated
 from rankopt.decompositions.cp import Cp
 from rankopt.decompositions.decomposition import Decomposition
+from rankopt.decompositions.rebuilt import FunctionOfProduct
 from rankopt.decompositions.spatial_svd import SpatialSvd
 from rankopt.decompositions.svd import Svd, SvdIn
 from rankopt.decompositions.tensor_ring import TensorRing
@@ -16,12 +18,16 @@ from rankopt.decompositions.tucker2 import Tucker2
 from rankopt.errors import LayerError
 
 _OWN: tuple[type[Decomposition], ...] = (Svd, SvdIn, SpatialSvd, Tucker2, Tucker, Cp, TensorTrain, TensorRing)
+_ACTIVATED: tuple[type[Decomposition], ...] = (Svd, SpatialSvd, Tucker2, Cp)
+_REBUILT = (("relu", "svd"), ("relu", "tucker"), ("relu", "cp"), ("sin", "svd"))
 
 
 @cache
 def table() -> dict[str, Decomposition]:
     """All methods by name, the project's own first. ``dense`` is not among them: it is the absence of one."""
-    methods = {cls.name: cls() for cls in _OWN}
+    methods: dict[str, Decomposition] = {cls.name: cls() for cls in _OWN}
+    for way in [*(Activated(cls()) for cls in _ACTIVATED), *(FunctionOfProduct(*pair) for pair in _REBUILT)]:
+        methods[way.name] = way
     for entry in entry_points(group="rankopt.decompositions"):
         methods.setdefault(entry.name, entry.load()())
     return methods

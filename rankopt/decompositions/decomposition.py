@@ -62,11 +62,19 @@ class Decomposition(ABC):
         name: the name used in plans and search spaces.
         sliceable: whether one factorization serves every rank. If not, `stage_weights` solves anew for each.
         exact: whether full rank gives back the original weight.
+        linear: whether the built module stays a linear layer when it is trained, so that `merged` can make one of it.
+        saves: the cost that shares of a layer are of, "macs" or "params" (where MACs don't fall).
+        twin: the method that has the same factors and stage weights ("": none), so that they are computed once.
+        pointwise: the method that this one is, or comes closest to, on layers without a kernel.
     """
 
     name: str
     sliceable: bool = True
     exact: bool = True
+    linear: bool = True
+    saves: str = "macs"
+    twin: str = ""
+    pointwise: str = "svd"
 
     @abstractmethod
     def why_not(self, layer: LayerSpec) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
 
@@ -120,13 +120,13 @@ def markdown(found: Comparison, title: str, head: Sequence[str] = ()) -> str:
 
 
 def charts_of(found: Comparison) -> list[Chart]:
-    """For each quantity the quality against the share that was kept, a line a method; after recovery too."""
+    """For each quantity, kl and accuracy against the share that was kept, a line a method; after recovery too."""
     charts = []
     for by in dict.fromkeys(row.by for row in found.rows):
-        for before in ("", "trained_"):
-            quality = next((q for q in ("accuracy", "kl") if any(f"{before}{q}" in r.values for r in found.rows)), None)
-            if quality is not None:
-                charts.append(_chart(found, by, quality, before))
+        for key in ("kl", "accuracy", "trained_kl", "trained_accuracy"):
+            if any(key in row.values for row in found.rows):
+                before = "trained_" if key.startswith("trained_") else ""
+                charts.append(_chart(found, by, key.removeprefix("trained_"), before))
     return charts
 
 
@@ -157,7 +157,7 @@ def write(found: Comparison, out: Path, title: str, head: Sequence[str] = ()) ->
 
 def head_of(file: StudyFile, command: str) -> list[str]:
     """How the record of a study's comparison begins."""
-    versions = ", ".join(f"{k} {v}" for k, v in environment().items())
+    versions = ", ".join(f"{k} {v}" for k, v in environment().items() if k != "platform")
     described = [file.description, ""] if file.description else []
     return [*described, "```", command, "```", "", f"{versions}.", ""]
 
@@ -173,7 +173,8 @@ def _chart(found: Comparison, by: str, quality: str, before: str) -> Chart:
             texts = [f"{name} at {r.level:.0%}\n{quality} {y:.4g}" for r, y in zip(own, ys, strict=True)]
             symbol = "star" if name == MIXED else _SYMBOLS[number % len(_SYMBOLS)]
             colour = "#000000" if name == MIXED else colour_of(name)
-            series.append(Series("line", name, xs, ys, colour, texts, symbol=symbol))
+            kind: Literal["points", "line"] = "points" if name == MIXED else "line"  # it often is another one's plan
+            series.append(Series(kind, name, xs, ys, colour, texts, symbol=symbol))
     dense = found.dense.get(quality) if quality == "accuracy" else None
     rules = [Rule("y", dense, "dense")] if dense is not None else []
     what = f"{'latency' if by.startswith('latency') else by}, % of dense"

@@ -15,8 +15,9 @@ These are for *storage*: the dense weight is made of the factors in every call (
 MACs of the dense one and those of the product besides, and only its parameters fall. Elementwise operations are not
 counted. Shares of a layer that a search space asks to keep are therefore shares of its parameters.
 
-From the start on all factors descend together on the output error in the metric of the data, by L-BFGS, so that no
-result is worse than the linear one of the same rank. There is no last stage that a refit could solve.
+From its starts (with ReLU a second one by ReLU-NMD) all factors descend together on the output error in the metric of
+the data, by L-BFGS, so that no result is worse than the linear one of the same rank. That descent does nearly all:
+which start wins is a matter of a few per cent. There is no last stage that a refit could solve.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ from rankopt.decompositions.svd import Svd
 from rankopt.layer_spec import LayerSpec
 from rankopt.nn.rebuilt import Rebuilt, dense_weight, multiplied
 
-_ITERATIONS = 40  # of L-BFGS
+_ITERATIONS = 40  # of L-BFGS: so many from every start, and as many again from where the best one ended
+_BENDS = (1 / 50, 6.0)  # largest angle, in radians, with which the sine starts: straight, and bent
 _SWEEPS = 60  # of ReLU-NMD
 # Multiply-accumulates that the descent of one group may cost: a second or two on one thread.
 _BUDGET = 2e10
@@ -321,16 +323,19 @@ class FunctionOfProduct(Decomposition):
 
         if self.function == "sin":
             largest = float(multiplied(linear).abs().max())
-            amplitude = 4 * largest if largest > 0 else 1.0
-            first = [linear[0] / amplitude, *linear[1:]]
-            starts = [[dense.new_full((1,), amplitude), *_balanced(first)]]
+            starts = []
+            for bend in _BENDS:
+                amplitude = largest / bend if largest > 0 else 1.0
+                first = [linear[0] / amplitude, *linear[1:]]
+                starts.append([dense.new_full((1,), amplitude), *_balanced(first)])
         else:
             starts = [_balanced(self.form.doubled(linear, side))]
             starts.append(_balanced(self._latent(dense, starts[0], side, metric)))
         cost = dense.numel() * (math.prod(shape[2:]) if metric.patch is not None else 1)
         iterations = int(min(_ITERATIONS, max(5, _BUDGET / (4 * cost))))
-        ends = [*starts, *(_descended(start, partial(error, judge=quick), iterations) for start in starts)]
-        return min(ends, key=lambda weights: float(error(weights)))
+        descend = partial(_descended, error=partial(error, judge=quick), iterations=iterations)
+        best = min([*starts, *map(descend, starts)], key=lambda weights: float(error(weights)))
+        return min([best, descend(best)], key=lambda weights: float(error(weights)))
 
     def _latent(self, dense: Tensor, start: list[Tensor], side: int, metric: Metric) -> list[Tensor]:
         """ReLU-NMD of the positive part above the negative one; columns of a matrix weighted by the data."""
@@ -361,7 +366,7 @@ def _balanced(factors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _descended(
-    start: Sequence[Tensor], error: Callable[[Sequence[Tensor]], Tensor], iterations: int
+    start: list[Tensor], error: Callable[[Sequence[Tensor]], Tensor], iterations: int
 ) -> list[Tensor]:
     """L-BFGS on all factors in float32; the best point that was met."""
     with torch.enable_grad():

@@ -29,11 +29,11 @@ def multiplied(factors: Sequence[Tensor]) -> Tensor:
     if len(factors) == 3:
         first, second, third = factors
         pairs = (second[:, :, None] * third[:, None]).flatten(1, 2)
-        return torch.bmm(first, pairs.mT).reshape(groups, first.shape[1], second.shape[1], third.shape[1])
+        return torch.bmm(first, pairs.transpose(1, 2)).reshape(groups, first.shape[1], second.shape[1], third.shape[1])
     core, *sides = factors
     for mode in cheapest([s.shape[1] for s in sides], [s.shape[2] for s in sides])[0]:
         moved = core.movedim(mode + 1, -1)
-        rows = torch.bmm(moved.reshape(groups, -1, moved.shape[-1]), sides[mode].mT)
+        rows = torch.bmm(moved.reshape(groups, -1, moved.shape[-1]), sides[mode].transpose(1, 2))
         core = rows.reshape(*moved.shape[:-1], -1).movedim(-1, mode + 1)
     return core
 
@@ -97,7 +97,7 @@ class Rebuilt(nn.Module):
         """The weight as the class of layer that stood here keeps it."""
         weight, kind = self.grouped(), self.options["kind"]
         if kind == "linear":
-            return weight[0].mT if self.options["flipped"] else weight[0]
+            return weight[0].T if self.options["flipped"] else weight[0]
         if kind.startswith("conv_transpose"):
             weight = weight.transpose(1, 2)
         return weight.flatten(0, 1)

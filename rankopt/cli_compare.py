@@ -79,7 +79,9 @@ def compare(
         found = comparison.compare(run, names, shares, _names(by, "--by"), test=test, train=train)
     written: list[str] = []
     if out is not None:
-        command = _command(study, {"methods": methods, "levels": levels, "by": by, "steps": steps, "seed": seed}, target)
+        command = _command(
+            study, {"methods": methods, "levels": levels, "by": by, "steps": steps, "seed": seed}, target
+        )
         title = f"Representations compared: {file.name}"
         head = comparison_files.head_of(file, command + (" --test" if test else ""))
         written = comparison_files.write(found, out, title, head)

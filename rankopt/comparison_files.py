@@ -80,7 +80,9 @@ def tables(found: Comparison) -> list[Table]:
         table.add_row("", "dense", *(shown(key, _dense(found, key)) for key in keys), style="dim")
         for row in ranked(found, by):
             style = "bold" if row.method == MIXED else "dim" if row.plan is None else ""
-            table.add_row(f"{row.level:.0%}", row.method, *(shown(key, row.values.get(key)) for key in keys), style=style)
+            table.add_row(
+                f"{row.level:.0%}", row.method, *(shown(key, row.values.get(key)) for key in keys), style=style
+            )
         out.append(table)
     return out
 

@@ -365,9 +365,7 @@ def _balanced(factors: Sequence[Tensor]) -> list[Tensor]:
     return [f * (mean / n) for f, n in zip(factors, norms, strict=True)]
 
 
-def _descended(
-    start: list[Tensor], error: Callable[[Sequence[Tensor]], Tensor], iterations: int
-) -> list[Tensor]:
+def _descended(start: list[Tensor], error: Callable[[Sequence[Tensor]], Tensor], iterations: int) -> list[Tensor]:
     """L-BFGS on all factors in float32; the best point that was met."""
     with torch.enable_grad():
         copies = (f.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format) for f in start)

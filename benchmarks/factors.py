@@ -48,7 +48,7 @@ def with_bias(search: Search, plan: Plan) -> nn.Module:
         if last.bias is None:
             last.bias = nn.Parameter(last.weight.new_zeros(last.weight.shape[0]))
     assert evaluator.refit is not None
-    evaluator.refit(built, chains)  # type: ignore[arg-type]
+    evaluator.refit(built, {n: chain[-1] for n, chain in chains.items()})
     return built
 
 
@@ -73,7 +73,7 @@ def all_factors(search: Search, plan: Plan) -> nn.Module:
         built(*refit.batches[0].args)
     for handle in handles:
         handle.remove()
-    refit(built, {n: modules[n] for n in names})  # type: ignore[misc]
+    refit(built, {n: modules[n][-1] for n in names})  # type: ignore[index]
     assert evaluator
     return built
 

@@ -27,7 +27,8 @@ from rankopt.dense_source import check_source, dense_model, recorded_source
 from rankopt.errors import ArtifactError, PlanError
 from rankopt.exporting import write_exports
 from rankopt.fresh_inputs import described
-from rankopt.layers import kind_of, weights_digest
+from rankopt.kinds import kind_of
+from rankopt.layers import weights_digest
 from rankopt.manifest import MANIFEST, SCHEMA, Manifest
 from rankopt.model_card import environment, model_card, plain
 from rankopt.plan import Plan

@@ -12,26 +12,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from rankopt.allocate import Choices
 from rankopt.batches import Batch
+from rankopt.block_samples import BlockSamples
 from rankopt.calibration import CalibrationOptions, LayerStatistics, calibrate
 from rankopt.decompositions import method
 from rankopt.decompositions.metric import Metric
 from rankopt.divergence import Divergence
-from rankopt.errors import RefusedDecomposition
 from rankopt.factors import Factors
-from rankopt.layer_spec import LayerSpec
+from rankopt.fisher import GradientSamples
+from rankopt.kinds import kind_named
+from rankopt.layer_spec import LayerSpec, inside
 from rankopt.plan import DENSE, LayerChoice, Plan
+from rankopt.prediction import predict
 from rankopt.rank_split import split
 from rankopt.space_file import LayerSpace
 from rankopt.spool import Spool
 
 _LEAST_BYTES = 2**30
-_BATCH_BYTES = 256 * 2**20
 _UNSEEN = "no gradient of the output that is judged reaches it"
 
 
@@ -77,8 +78,7 @@ class Statistics:
 
     def put(self, name: str, metric: Metric) -> None:
         """Store, in float32 (the eigenvalues that matter lie far above what that rounds away)."""
-        parts = {"patch": metric.patch, "channel": metric.channel, "gradient": metric.gradient}
-        self._spool.put(name, {k: v.float() for k, v in parts.items() if v is not None})
+        self._spool.put(name, {k: v.float() for k, v in vars(metric).items() if v is not None})
 
     def __call__(self, name: str) -> Metric:
         """The metric of a layer, empty when it has none."""
@@ -117,7 +117,7 @@ def candidates(
         progress: called with a line of text now and then.
     """
     max_bytes = default_memory(model) if max_bytes is None else max_bytes
-    groups = _grouped(_open(layers, spaces), tied)
+    groups = _grouped(outermost(_open(layers, spaces), spaces), tied)
     statistics = Statistics(max_bytes // 4)
     factors = Factors(
         model, statistics if use_statistics else None, max_bytes=max_bytes // 4, polish=polish, gradient=gradient
@@ -131,6 +131,7 @@ def candidates(
             for layer in group:
                 metric = gathered[layer.name].metric
                 statistics.put(layer.name, metric if gradient else metric.without_gradient())
+                factors.keep(layer, gathered[layer.name].fisher)
             progress(f"factorizing {group[0].name}")
             found.append(_group(group, spaces[group[0].name], factors, [gathered.pop(la.name) for la in group]))
     return [g for g in found if any(choice != DENSE for choice in g.choices)], factors
@@ -150,13 +151,20 @@ def factor_cache(
     """The factors that `candidates` would give, without its predictions: enough to build plans that are known."""
     max_bytes = default_memory(model) if max_bytes is None else max_bytes
     statistics = Statistics(max_bytes // 4)
+    samples: dict[str, GradientSamples | BlockSamples] = {}
     if use_statistics:
-        plain = replace(options, fisher_samples=0)
+        blocks = any(not kind_named(layer).linear for layer in _open(layers, spaces))
+        plain = options if blocks else replace(options, fisher_samples=0)
         for chunk in _chunks([(layer,) for layer in _open(layers, spaces)], plain, max_bytes // 2):
             gathered = calibrate(model, [layer for (layer,) in chunk], batches, divergence, plain)
             for name, found in gathered.items():
                 statistics.put(name, found.metric)
-    return Factors(model, statistics if use_statistics else None, max_bytes=max_bytes // 4)
+                samples[name] = found.fisher
+    factors = Factors(model, statistics if use_statistics else None, max_bytes=max_bytes // 4)
+    for layer in layers:
+        if layer.name in samples:
+            factors.keep(layer, samples[layer.name])
+    return factors
 
 
 def random_plans(groups: Sequence[Group], count: int, seed: int) -> list[Plan]:
@@ -185,6 +193,16 @@ def random_plans(groups: Sequence[Group], count: int, seed: int) -> list[Plan]:
 
 def _open(layers: Sequence[LayerSpec], spaces: Mapping[str, LayerSpace]) -> list[LayerSpec]:
     return [la for la in layers if la.skip is None and la.name in spaces and not spaces[la.name].dense]
+
+
+def outermost(layers: Sequence[LayerSpec], spaces: Mapping[str, LayerSpace]) -> list[LayerSpec]:
+    """Without the parts of layers that the space offers something as a whole: one of both can be replaced, not both."""
+    whole = [la for la in layers if any(method(name).why_not(la) is None for name in _offered(spaces[la.name]))]
+    return [la for la in layers if not any(inside(la, outer) for outer in whole)]
+
+
+def _offered(space: LayerSpace) -> list[str]:
+    return [*space.methods, *(entry["method"] for entry in space.explicit)]
 
 
 def default_memory(model: nn.Module) -> int:
@@ -227,6 +245,10 @@ def _need(layer: LayerSpec, options: CalibrationOptions) -> int:
     g, o, i, *k = layer.group_shape
     patch = i * math.prod(k)
     patch = patch if patch <= options.max_patch else i
+    if not kind_named(layer).linear:
+        return options.layer_bytes
+    if kind_named(layer).tokens:
+        return 16 * o * o + options.layer_bytes
     moments = 2 * g * sum(n * n * (8 if n <= 1024 else 4) for n in (patch, o))  # the sum, and the mean made of it
     gradients = 4 * math.prod(layer.group_shape) * options.draws  # of one sample, as they are or as pairs
     if len(layer.calls) == 1:
@@ -256,11 +278,12 @@ def _group(
             continue
         full = [factors.full(layer, name) for layer in layers]
         keeps = space.keeps if way.sliceable or space.solved_keeps is None else space.solved_keeps
-        for ranks in split(way, first, full, keeps, space.rank_multiple).values():
-            choice = LayerChoice(name, ranks)
-            if choice not in choices and _pays(first, choice) and _within(first, choice, space.cap):
-                choices.append(choice)
-    changes, kept = _predict(layers, choices, factors, statistics, refused)
+        for quantity in [q for q in way.saves if getattr(first, q)] or ["params"]:
+            for ranks in split(way, first, full, keeps, space.rank_multiple, quantity).values():
+                choice = LayerChoice(name, ranks)
+                if choice not in choices and _pays(first, choice) and _within(first, choice, space.cap):
+                    choices.append(choice)
+    changes, kept = predict(layers, choices, factors, statistics, refused)
     return Group(layers, tuple(kept), changes, *_costs(layers, kept), refused, _energy(layers, kept, factors))
 
 
@@ -281,45 +304,6 @@ def _costs(
     """MACs and parameters of every choice, summed over the layers."""
     macs = np.array([sum(_macs(la, c) for la in layers) for c in choices], float)
     return macs, np.array([sum(_params(la, c) for la in layers) for c in choices], float)
-
-
-def _predict(
-    layers: tuple[LayerSpec, ...],
-    choices: Sequence[LayerChoice],
-    factors: Factors,
-    statistics: Sequence[LayerStatistics],
-    refused: dict[str, str],
-) -> tuple[NDArray[np.float64], list[LayerChoice]]:
-    """Predicted loss of every choice, and the choices that could be built."""
-    total = np.zeros(len(choices))
-    bad: set[int] = set()
-    for layer, gathered in zip(layers, statistics, strict=True):
-        weight = factors.weight(layer)
-        step = max(1, _BATCH_BYTES // (4 * weight.numel()))
-        pending: list[tuple[int, Tensor]] = []
-
-        def flush(pending: list[tuple[int, Tensor]], gathered: LayerStatistics = gathered) -> None:
-            if pending:
-                losses = gathered.fisher.losses(torch.stack([change for _, change in pending]))
-                total[[n for n, _ in pending]] += losses.double().numpy()
-                pending.clear()
-
-        for n, choice in enumerate(choices):
-            if choice == DENSE or n in bad:
-                continue
-            way = method(choice.method)
-            try:
-                dense_weight = way.reconstruct(layer, factors(layer, choice))
-            except RefusedDecomposition as error:
-                bad.add(n)
-                refused[str(choice)] = error.message
-                continue
-            pending.append((n, (dense_weight - weight).float()))
-            if len(pending) >= step:
-                flush(pending)
-        flush(pending)
-    good = [n for n in range(len(choices)) if n not in bad and np.isfinite(total[n])]
-    return total[good], [choices[n] for n in good]
 
 
 def _macs(layer: LayerSpec, choice: LayerChoice) -> int:

@@ -18,9 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rankopt.decompositions import method
 from rankopt.errors import DataError, InputError, LayerError, UncountedOperationError
-from rankopt.layers import KINDS, LayerSpec, as_call, plain_attention, run_once
+from rankopt.layers import LayerSpec, apart, as_call, plain_attention, run_once
 from rankopt.operations import FORMULAS, Watch
 from rankopt.plan import LayerChoice, Plan
+
+COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)  # by `count_thop`
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def plan_macs(layers: Iterable[LayerSpec], plan: Plan, other_macs: int = 0) -> i
         LayerError: the plan names an unknown layer, a rank is out of bounds, or the layers were listed without a run.
     """
     layers = list(layers)
-    total = other_macs + sum(layer.macs for layer in layers)
+    total = other_macs + sum(layer.macs for layer in apart(layers))
     for layer, choice in _changes(layers, plan):
         if not layer.calls:
             raise LayerError(f"{layer.name}: its calls are not known; list the layers with find_layers(model, example)")
@@ -82,7 +84,7 @@ def other_macs(counted: Cost, layers: Iterable[LayerSpec]) -> int:
 
     Raises `UncountedOperationError` when that is negative: then the counter missed a layer, or the inputs differ.
     """
-    expected = sum(layer.macs for layer in layers)
+    expected = sum(layer.macs for layer in apart(layers))
     if counted.macs < expected:
         raise UncountedOperationError(
             f"count: found {counted.macs:,} MACs where the layers alone need {expected:,}; "
@@ -149,7 +151,7 @@ def count_thop(model: nn.Module, example_input: Any, example_kwargs: Mapping[str
         return counted
 
     args, kwargs = as_call(example_input, example_kwargs)
-    rules = {cls: only_layers(rule) if cls in KINDS else _nothing for cls, rule in register_hooks.items()}
+    rules = {cls: only_layers(rule) if cls in COUNTED else _nothing for cls, rule in register_hooks.items()}
     with plain_attention():
         _, params = thop.profile(_Call(copy.deepcopy(model), kwargs), args, custom_ops=rules, verbose=False)
     return Cost(total, int(params))

@@ -14,11 +14,12 @@ from rankopt.batches import Batch
 from rankopt.batches import pieces as cut
 from rankopt.bn import has_batch_norm, recalibrate
 from rankopt.cost import Cost, plan_cost
+from rankopt.decompositions import method
 from rankopt.devices import Devices
 from rankopt.divergence import Divergence, pick
 from rankopt.errors import DataError, RankoptError
 from rankopt.factors import Factors
-from rankopt.layer_spec import LayerSpec
+from rankopt.layer_spec import LayerSpec, apart
 from rankopt.layers import call_model, inference
 from rankopt.limits import Limit
 from rankopt.plan import Plan
@@ -107,7 +108,9 @@ class Evaluator:
 
     def costs(self, plan: Plan) -> dict[str, float]:
         """Exact MACs and parameters, absolute and as shares of dense, without building anything."""
-        cost = plan_cost(self.layers, plan, self.cost.params, self.cost.macs - sum(la.macs for la in self.layers))
+        cost = plan_cost(
+            self.layers, plan, self.cost.params, self.cost.macs - sum(la.macs for la in apart(self.layers))
+        )
         return {
             "macs": float(cost.macs),
             "params": float(cost.params),
@@ -125,8 +128,8 @@ class Evaluator:
         built = self.fast.module_(built) if quick else built
         if self.refit is not None:
             modules = dict(built.named_modules())
-            chains = {n: m for n in plan.changed() if isinstance(m := modules[n], nn.Sequential)}
-            self.refit(built, chains, quick)
+            lasts = {n: method(c.method).last(modules[n]) for n, c in plan.changed().items()}
+            self.refit(built, {n: last for n, last in lasts.items() if last is not None}, quick)
         if self.recovery is not None:
             built = self.recovery(built, self.model, plan)
         if bn is None:

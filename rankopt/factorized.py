@@ -20,8 +20,9 @@ from rankopt.chains import balance, chains
 from rankopt.decompositions import method
 from rankopt.decompositions.metric import Metric
 from rankopt.errors import InputError
+from rankopt.kinds import kind_named
 from rankopt.layer_patterns import matching
-from rankopt.layers import LayerSpec, find_layers, fingerprint, group_weight
+from rankopt.layers import LayerSpec, find_layers, fingerprint
 from rankopt.plan import DENSE, LayerChoice, Plan
 from rankopt.rank_split import split
 from rankopt.surgery import apply
@@ -66,7 +67,7 @@ def factorized(
             if way.why_not(layer) is not None:
                 continue
             parent: Any = modules[layer.name]
-            prepared = way.factorize(layer, group_weight(layer, parent.weight.detach().float()), Metric())
+            prepared = way.factorize(layer, kind_named(layer).weight(layer, parent).detach().float(), Metric())
             ranks = split(way, layer, prepared, [keep], rank_multiple).get(keep)
             if ranks is not None:
                 choices[layer.name] = LayerChoice(name, ranks)

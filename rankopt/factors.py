@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from rankopt.block_samples import BlockSamples
 from rankopt.decompositions import method
 from rankopt.decompositions.metric import Metric
 from rankopt.errors import LayerError
-from rankopt.layer_spec import LayerSpec, group_weight
+from rankopt.kinds import kind_named
+from rankopt.layer_spec import LayerSpec
 from rankopt.plan import LayerChoice
 from rankopt.spool import Spool
 
@@ -21,6 +23,8 @@ _POLISHED = 8 * 2**20  # weight entries above which nothing is polished: it take
 
 class Factors:
     """The factor cache. Call it with a layer and a choice to get stage weights (what `surgery.apply` takes).
+
+    `samples` holds calls of the layers whose methods are distilled (`Decomposition.needs_recovery`).
 
     Args:
         model: the dense model.
@@ -45,6 +49,7 @@ class Factors:
         self._spool = Spool(max_bytes)
         self.polish = polish
         self.gradient = gradient
+        self.samples: dict[str, BlockSamples] = {}
 
     def __call__(self, layer: LayerSpec, choice: LayerChoice) -> list[Tensor]:
         """Stage weights for the choice; may raise `RefusedDecomposition`."""
@@ -55,11 +60,25 @@ class Factors:
         if not way.sliceable and key in self._spool:
             return [t for _, t in sorted(self._spool.get(key).items())]
         weights = way.stage_weights(layer, self.full(layer, choice.method), choice.ranks)
-        if self.polish and math.prod(layer.weight_shape) <= _POLISHED and (metric := self.metric(layer.name)).known:
+        if way.needs_recovery and layer.name in self.samples:
+            weights = way.distil(layer, weights, self._modules[layer.name], self.samples[layer.name])
+        elif self.polish and math.prod(layer.weight_shape) <= _POLISHED and (metric := self.metric(layer.name)).known:
             weights = way.polish(layer, weights, self.weight(layer).to(weights[0].dtype), metric)
         if not way.sliceable:
             self._spool.put(key, {f"{n:02d}": w.contiguous() for n, w in enumerate(weights)})
         return weights
+
+    def keep(self, layer: LayerSpec, samples: object) -> None:
+        """Hold the samples of a layer for as long as its methods may have to be distilled."""
+        if isinstance(samples, BlockSamples):
+            self.samples[layer.name] = samples
+
+    def module(self, layer: LayerSpec, choice: LayerChoice) -> nn.Module:
+        """What stands in the layer's place at this choice, in the layer's own precision and in eval mode."""
+        old = self._modules[layer.name]
+        sample = next(old.parameters())
+        weights = [w.to(sample.device, sample.dtype) for w in self(layer, choice)]
+        return method(choice.method).build(layer, weights, kind_named(layer).bias(old)).eval()
 
     def metric(self, name: str) -> Metric:
         """The layer's metric as it is used: without gradients unless they are asked for."""
@@ -68,10 +87,10 @@ class Factors:
 
     def weight(self, layer: LayerSpec) -> Tensor:
         """The dense weight, groups in front, in the working precision."""
-        weight = self._modules[layer.name].get_parameter("weight").detach()
+        weight = kind_named(layer).weight(layer, self._modules[layer.name]).detach()
         if not torch.isfinite(weight).all():
             raise LayerError(f"{layer.name}: its weight holds NaN or infinity; mend the model first")
-        return group_weight(layer, weight).to(torch.float32 if weight.numel() > _LARGE else torch.float64)
+        return weight.to(torch.float32 if weight.numel() > _LARGE else torch.float64)
 
     def full(self, layer: LayerSpec, name: str) -> dict[str, Tensor]:
         """The prepared factorization that serves all ranks."""

@@ -7,6 +7,7 @@ of the Kullback-Leibler divergence that the change causes.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,8 +20,24 @@ from rankopt.patches import output_rows, patches
 _CHUNK_BYTES = 128 * 2**20
 
 
+class GradientSamples(ABC):
+    """Gradients of one layer's weight, sample by sample, in some form."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Samples times draws."""
+
+    @abstractmethod
+    def scores(self, changes: Tensor) -> Tensor:
+        """⟨G_s, D⟩ for weight changes (k, groups, out, in, *kernel): (k, samples)."""
+
+    def losses(self, changes: Tensor) -> Tensor:
+        """Predicted divergence of each weight change alone, (k,), in nats; 0 without samples."""
+        return self.scores(changes).square().sum(1) / (2 * max(len(self), 1))
+
+
 @dataclass(frozen=True)
-class FisherSamples:
+class FisherSamples(GradientSamples):
     """Gradients of one layer's weight, sample by sample, in whichever form is smaller.
 
     Attributes:
@@ -42,10 +59,6 @@ class FisherSamples:
         """⟨G_s, D⟩ for weight changes (k, groups, out, in, *kernel): (k, samples)."""
         flat = changes.flatten(1).float()
         return torch.cat([flat.new_zeros(len(flat), 0), *(flat @ part.T for part in self._parts())], dim=1)
-
-    def losses(self, changes: Tensor) -> Tensor:
-        """Predicted divergence of each weight change alone, (k,), in nats; 0 without samples."""
-        return self.scores(changes).square().sum(1) / (2 * max(len(self), 1))
 
     def _parts(self) -> Iterator[Tensor]:
         if self.gradients is not None:

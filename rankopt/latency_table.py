@@ -19,6 +19,7 @@ from scipy.optimize import isotonic_regression
 from torch import nn
 
 from rankopt.decompositions import method
+from rankopt.kinds import kind_named
 from rankopt.layer_spec import Call, LayerSpec
 from rankopt.measurement import Measurement
 from rankopt.plan import DENSE, LayerChoice
@@ -144,7 +145,7 @@ class LatencyTable:
         for start in range(0, len(missing), _AT_ONCE):
             part = missing[start : start + _AT_ONCE]
             progress(f"timing {len(missing)} dense layers on {self.target.called}")
-            subjects = [self._subject(la, call, DENSE, _input(la, call)) for la, call in part]
+            subjects = [self._subject(la, call, DENSE, kind_named(la).example(la, call)) for la, call in part]
             for (la, call), found in zip(part, self._net(part, subjects), strict=True):
                 self._put(self._key(la, call, DENSE), found)
 
@@ -158,7 +159,7 @@ class LatencyTable:
         for start in range(0, len(choices), _AT_ONCE):
             part = choices[start : start + _AT_ONCE]
             progress(len(part))
-            args = _input(layer, call)
+            args = kind_named(layer).example(layer, call)
             subjects = [self._subject(layer, call, choice, args) for choice in (DENSE, *part)]
             found = self._net([(layer, call)] * len(subjects), subjects)
             for choice, one in zip(part, found[1:], strict=True):
@@ -181,9 +182,7 @@ class LatencyTable:
         return [replace(m, value=v, kept=v / net[0]) for v, m in zip(net, found, strict=False)]
 
     def _subject(self, layer: LayerSpec, call: Call, choice: LayerChoice, args: tuple[Any, ...]) -> Subject:
-        module = dense_module(layer) if choice == DENSE else method(choice.method).skeleton(
-            layer, choice.ranks, torch.float32, "cpu"
-        )  # fmt: skip
+        module = kind_named(layer).dense(layer, call) if choice == DENSE else _candidate(layer, call, choice)
         if self.neighbours and layer.kind == "conv2d":
             first, last = nn.Conv2d(layer.in_channels, layer.in_channels, 1), nn.Conv2d(layer.out_channels, 16, 1)
             module = nn.Sequential(first, nn.ReLU(), module, nn.ReLU(), last)
@@ -205,22 +204,11 @@ def randomized(module: nn.Module) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def dense_module(layer: LayerSpec) -> nn.Module:
-    """A layer as it was found, with weights of its own."""
-    if layer.kind == "linear":
-        return nn.Linear(layer.in_channels, layer.out_channels, bias=layer.bias)
-    options: dict[str, Any] = {
-        "stride": layer.stride,
-        "padding": layer.padding,
-        "dilation": layer.dilation,
-        "groups": layer.groups,
-        "bias": layer.bias,
-        "padding_mode": layer.padding_mode,
-    }
-    if layer.transposed:
-        options["output_padding"] = layer.output_padding
-    name = ("ConvTranspose" if layer.transposed else "Conv") + f"{layer.dims}d"
-    return getattr(nn, name)(layer.in_channels, layer.out_channels, layer.kernel_size, **options)
+def _candidate(layer: LayerSpec, call: Call, choice: LayerChoice) -> nn.Module:
+    """What stands in a layer's place; for a call of an output head that is tied to it, what stands in the head's."""
+    way = method(choice.method)
+    built = way.skeleton(layer, choice.ranks, torch.float32, "cpu")
+    return way.head(layer, built, None) if layer.tied and call.macs is None else built
 
 
 def _pair(layer: LayerSpec, call: Call, args: tuple[Any, ...]) -> Subject:
@@ -263,11 +251,10 @@ def _signature(layer: LayerSpec, call: Call) -> str:
     if layer.padding_mode != "zeros":
         parts.append(layer.padding_mode)
     parts.append("bias" if layer.bias else "no bias")
+    parts += [f"{name} {value}" for name, value in layer.facts]
+    if layer.tied and call.macs is None:
+        parts.append("as the head")
     return ", ".join([*parts, "input " + "x".join(map(str, (call.batch, *call.in_size)))])
-
-
-def _input(layer: LayerSpec, call: Call) -> tuple[Any, ...]:
-    return (torch.randn(call.batch, layer.in_channels, *call.in_size, generator=torch.Generator().manual_seed(0)),)
 
 
 def _macs(layer: LayerSpec, call: Call, choice: LayerChoice) -> float:

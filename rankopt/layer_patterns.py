@@ -15,12 +15,16 @@ from rankopt.yaml_file import closest
 if TYPE_CHECKING:
     from rankopt.layer_spec import LayerSpec
 
-_PLAIN_KINDS = ("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d")
+_PLAIN_KINDS = (
+    *("linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"),
+    *("embedding", "attention", "capsules"),
+)
 _KINDS: dict[str, Callable[[LayerSpec], bool]] = {
     "conv": lambda layer: layer.dims > 0,
     "pointwise": lambda layer: layer.dims > 0 and set(layer.kernel_size) == {1},
     "depthwise": lambda layer: layer.depthwise,
     "grouped": lambda layer: layer.groups > 1,
+    "tied": lambda layer: bool(layer.tied),
 }
 
 

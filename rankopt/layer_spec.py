@@ -1,31 +1,31 @@
-"""`LayerSpec`: what a decomposition has to know of a layer, and `group_weight`: its weight with the groups in front."""
+"""`LayerSpec`: what a decomposition has to know of a layer, and `group_weight`: its weight with the groups in front.
+
+What there is to know of the kinds of layers is in `rankopt.kinds`.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rankopt.errors import LayerError
-
-KINDS: dict[type[nn.Module], str] = {
-    nn.Linear: "linear",
-    nn.Conv1d: "conv1d",
-    nn.Conv2d: "conv2d",
-    nn.Conv3d: "conv3d",
-    nn.ConvTranspose1d: "conv_transpose1d",
-    nn.ConvTranspose2d: "conv_transpose2d",
-}
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a layer on the example input: `batch` independent items, spatial sizes in and out (() for Linear)."""
+    """One call of a layer on the example input: `batch` independent items, spatial sizes in and out (() for Linear).
+
+    `macs` are those of this call where they do not follow from the weight's shape; 0 where a table is looked up.
+    """
 
     batch: int
     in_size: tuple[int, ...]
     out_size: tuple[int, ...]
+    macs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,11 @@ class LayerSpec:
     """What a decomposition has to know of a layer. `skip` says why it is left alone (None: it can be decomposed).
 
     `kernel_size`, `stride`, `dilation`, `output_padding` have one entry a spatial dimension (empty for Linear);
-    `padding` is that too, or the text "same". `aliases` are further names of the same module. `flipped`: a linear layer
-    that keeps its weight as (in, out), as Conv1D of transformers does.
+    `padding` is that too, or the text "same". `aliases` are further names of the same module. `flipped`: the weight is
+    kept as (in, out), as Conv1D of transformers and embeddings do. `tied` names linear layers that hold the same weight
+    turned around and are replaced together with this one (the output head of a language model). `facts` is what only
+    methods for this kind ask for, such as ``(("heads", 8),)``. `own_params` are the parameter entries of a layer that
+    is not one weight and a bias.
     """
 
     name: str
@@ -54,6 +57,9 @@ class LayerSpec:
     skip: str | None = None
     dtype: str = "float32"
     flipped: bool = False
+    tied: tuple[str, ...] = ()
+    facts: tuple[tuple[str, Any], ...] = ()
+    own_params: int | None = None
     order: int = field(default=0, compare=False)
 
     @property
@@ -86,13 +92,22 @@ class LayerSpec:
     @property
     def params(self) -> int:
         """Weight and bias entries."""
+        if self.own_params is not None:
+            return self.own_params
         return math.prod(self.weight_shape) + (self.out_channels if self.bias else 0)
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates of all calls on the example input (without the bias, as counters do)."""
         per_item = math.prod(self.weight_shape)
-        return sum(c.batch * math.prod(c.in_size if self.transposed else c.out_size) * per_item for c in self.calls)
+        return sum(
+            c.batch * math.prod(c.in_size if self.transposed else c.out_size) * per_item if c.macs is None else c.macs
+            for c in self.calls
+        )
+
+    def fact(self, name: str) -> Any:
+        """One of `facts`; raises `KeyError` where the layer's kind does not say it."""
+        return dict(self.facts)[name]
 
     def describe(self) -> str:
         """Kind and weight shape on one line, for messages and tables."""
@@ -117,19 +132,17 @@ def ungroup_weight(layer: LayerSpec, weight: Tensor) -> Tensor:
     return (weight.transpose(1, 2) if swapped else weight).reshape(layer.weight_shape)
 
 
-def kind_of(module: nn.Module) -> str | None:
-    """The kind of a layer (a subclass has its parent's), None when it is no layer that can be decomposed."""
-    if is_flipped(module):
-        return "linear"
-    for cls, kind in KINDS.items():
-        if isinstance(module, cls):
-            return kind
-    return None
+def apart(layers: Iterable[LayerSpec]) -> list[LayerSpec]:
+    """Those whose costs are their own: neither inside of another layer of the list nor tied to one.
 
-
-def is_flipped(module: nn.Module) -> bool:
-    """Whether this is Conv1D of transformers (GPT-2 and its kin): a linear layer whose weight is (in, out).
-
-    By name, so that transformers is not imported where nobody uses it.
+    The costs of a layer that consists of layers (attention) hold theirs, as those of an embedding do its tied head's.
     """
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+    layers = list(layers)
+    tied = {name for layer in layers for name in layer.tied}
+    return [layer for layer in layers if layer.name not in tied and not any(inside(layer, la) for la in layers)]
+
+
+def inside(layer: LayerSpec, outer: LayerSpec) -> bool:
+    """Whether a layer is a part of another one."""
+    names = (layer.name, *layer.aliases)
+    return any(name.startswith(f"{o}.") if o else bool(name) for o in (outer.name, *outer.aliases) for name in names)

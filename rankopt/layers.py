@@ -6,8 +6,7 @@ The model is run once with forward hooks; nothing is traced, so any Python contr
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,14 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.errors import DataError, RankoptError
-from rankopt.layer_spec import KINDS, Call, LayerSpec, group_weight, is_flipped, kind_of, ungroup_weight
+from rankopt.kinds import kind_of
+from rankopt.kinds.embedding import tied_heads
+from rankopt.layer_spec import Call, LayerSpec, apart, group_weight, inside, ungroup_weight
 from rankopt.left_alone import left_alone
 from rankopt.plan import Fingerprint
 
 __all__ = [
-    "KINDS",
     "Call",
     "LayerSpec",
+    "apart",
     "architecture_digest",
     "as_call",
     "call_model",
@@ -31,6 +32,7 @@ __all__ = [
     "fingerprint",
     "group_weight",
     "inference",
+    "inside",
     "kind_of",
     "module_names",
     "plain_attention",
@@ -41,7 +43,6 @@ __all__ = [
 ]
 
 _NOT_CALLED = "its forward is not called on the example input (unused, or its parent reads the weight directly)"
-_MORE_ARGUMENTS = "it is called with more than its input (output_size), which a chain of layers can't take"
 
 
 def as_call(
@@ -107,7 +108,7 @@ def call_model(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
 def find_layers(
     model: nn.Module, example_input: Any, example_kwargs: Mapping[str, Any] | None = None
 ) -> list[LayerSpec]:
-    """List every linear and convolutional layer of `model` in the order in which they run.
+    """List every layer of `model` that is of a kind that is known (`rankopt.kinds`), in the order in which they run.
 
     Args:
         model: any module; it is run once, in eval mode and without gradients, and left as it was.
@@ -116,7 +117,7 @@ def find_layers(
 
     Returns:
         One `LayerSpec` a module (a shared module once, with its other names as aliases). `skip` holds the reason
-        when the layer can't be replaced.
+        when the layer can't be replaced. A layer that consists of layers stands before them.
 
     Raises:
         DataError: when the model can't be run on the example input.
@@ -126,28 +127,39 @@ def find_layers(
     seen: dict[nn.Module, str] = {}
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        given = args[0] if args else kwargs.get("input")
-        if len(args) + len(kwargs) > 1:
-            seen[module] = _MORE_ARGUMENTS
-        recorded = calls.setdefault(module, [])
-        if isinstance(given, Tensor) and isinstance(output, Tensor):
-            recorded.append(_call(module, given, output))
+        kind = kind_of(module)
+        assert kind is not None
+        call = kind.call(module, args, kwargs, output)
+        if isinstance(call, str):
+            seen[module] = call
+        else:
+            calls[module].append(call)
 
-    handles = [m.register_forward_hook(record, with_kwargs=True) for m in names if kind_of(m)]
+    def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
+        calls.setdefault(module, [])
+
+    handles = [m.register_forward_pre_hook(begin) for m in names if kind_of(m)]
+    handles += [m.register_forward_hook(record, with_kwargs=True) for m in names if kind_of(m)]
     try:
         run_once(model, example_input, example_kwargs)
     finally:
         for handle in handles:
             handle.remove()
-    reasons = left_alone(names)
+    reasons, heads = left_alone(names), tied_heads(names)
+    for table, tied in heads.items():
+        for module in (table, *tied):
+            if module in seen or module not in calls:  # none can be replaced without the others
+                reasons.setdefault(table, seen.get(module, _NOT_CALLED))
+        calls.get(table, []).extend(call for head in tied for call in calls.get(head, ()))
     found = [*calls, *(m for m in names if kind_of(m) and m not in calls)]
     return [
         _spec(
             m,
-            names[m],
+            names,
             tuple(calls.get(m, ())),
             reasons.get(m) or seen.get(m) or (None if m in calls else _NOT_CALLED),
             i,
+            heads.get(m, ()),
         )
         for i, m in enumerate(found)
     ]
@@ -160,9 +172,9 @@ def static_layers(model: nn.Module) -> list[LayerSpec]:
     a run can give: here a layer that is never called has no `skip`.
     """
     names = module_names(model)
-    reasons = left_alone(names)
+    reasons, heads = left_alone(names), tied_heads(names)
     found = [m for m in names if kind_of(m)]
-    return [_spec(m, names[m], (), reasons.get(m), i) for i, m in enumerate(found)]
+    return [_spec(m, names, (), reasons.get(m), i, heads.get(m, ())) for i, m in enumerate(found)]
 
 
 def decomposable(layers: list[LayerSpec]) -> list[LayerSpec]:
@@ -180,7 +192,8 @@ def architecture_digest(model: nn.Module, layers: list[LayerSpec] | None = None)
     digest = hashlib.sha256()
     for layer in sorted(static_layers(model) if layers is None else layers, key=lambda spec: spec.name):
         options = (layer.stride, layer.padding, layer.dilation, layer.padding_mode, layer.output_padding, layer.bias)
-        digest.update(f"{layer.name} {layer.describe()} {options}\n".encode())
+        more = f" {layer.facts} {layer.tied}" if layer.facts or layer.tied else ""
+        digest.update(f"{layer.name} {layer.describe()} {options}{more}\n".encode())
     for name, tensor in _state(model).items():
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
     return digest.hexdigest()[:16]
@@ -221,44 +234,26 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0]
 
 
-def _call(module: nn.Module, given: Tensor, output: Tensor) -> Call:
-    dims = 0 if kind_of(module) == "linear" else len(module.kernel_size)  # type: ignore[arg-type]
-    if dims == 0:
-        return Call(math.prod(given.shape[:-1]), (), ())
-    batch = given.shape[0] if given.dim() == dims + 2 else 1
-    return Call(batch, tuple(given.shape[-dims:]), tuple(output.shape[-dims:]))
-
-
-def _spec(module: nn.Module, names: list[str], calls: tuple[Call, ...], skip: str | None, order: int) -> LayerSpec:
-    m: Any = module
+def _spec(
+    module: nn.Module,
+    names: Mapping[nn.Module, list[str]],
+    calls: tuple[Call, ...],
+    skip: str | None,
+    order: int,
+    heads: Sequence[nn.Module],
+) -> LayerSpec:
     kind = kind_of(module)
     assert kind is not None
-    dtype = str(m.weight.dtype).removeprefix("torch.")
-    shared: dict[str, Any] = {
-        "name": names[0],
-        "kind": kind,
-        "bias": m.bias is not None,
-        "calls": calls,
-        "aliases": tuple(names[1:]),
-        "skip": skip,
-        "dtype": dtype,
-        "order": order,
-    }
-    if is_flipped(module):
-        inputs, outputs = m.weight.shape
-        return LayerSpec(in_channels=inputs, out_channels=outputs, flipped=True, **shared)
-    if kind == "linear":
-        return LayerSpec(in_channels=m.in_features, out_channels=m.out_features, **shared)
-    padding = m.padding if m.padding == "same" else (0,) * len(m.kernel_size) if m.padding == "valid" else m.padding
+    weight = getattr(module, "weight", None)
+    dtype = weight.dtype if isinstance(weight, Tensor) else next(module.parameters()).dtype
     return LayerSpec(
-        in_channels=m.in_channels,
-        out_channels=m.out_channels,
-        kernel_size=tuple(m.kernel_size),
-        stride=tuple(m.stride),
-        padding=padding if isinstance(padding, str) else tuple(padding),
-        dilation=tuple(m.dilation),
-        groups=m.groups,
-        padding_mode=m.padding_mode,
-        output_padding=tuple(m.output_padding) if kind.startswith("conv_transpose") else (),
-        **shared,
+        name=names[module][0],
+        kind=kind.name,
+        calls=calls,
+        aliases=tuple(names[module][1:]),
+        skip=skip,
+        dtype=str(dtype).removeprefix("torch."),
+        tied=tuple(names[head][0] for head in heads),
+        order=order,
+        **kind.sizes(module),
     )

@@ -9,22 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankopt.layers import LayerSpec
+from rankopt.layer_spec import LayerSpec
 
 
 def patches(layer: LayerSpec, x: Tensor, positions: Tensor | None = None) -> Tensor:
     """Unfold an input.
 
     Args:
-        layer: a Linear, a convolution or a transposed convolution of any geometry.
-        x: its batched input: (n, ..., in) for Linear, (n, in, *size) for convolutions.
+        layer: a Linear, a convolution or a transposed convolution of any geometry, or linear maps side by side.
+        x: its batched input: (n, ..., in) for Linear, (n, in, *size) for convolutions, (n, ..., groups, in/groups).
         positions: indices of the output positions that are wanted, flattened row by row; all when None.
 
     Returns:
         (n, positions, groups, in/groups·kernel); its product with ``group_weight(...).flatten(2)`` is the output.
     """
     if layer.dims == 0:
-        flat = x.reshape(x.shape[0], -1, 1, layer.in_channels)
+        flat = x.reshape(x.shape[0], -1, layer.groups, layer.in_channels // layer.groups)
         return flat if positions is None else flat[:, positions]
     windows = _windows(layer, x)
     n, d = x.shape[0], layer.dims
@@ -42,7 +42,7 @@ def output_rows(layer: LayerSpec, y: Tensor, positions: Tensor | None = None) ->
     """The output, or a gradient of its shape, as (n, positions, groups, out/groups), in the order of `patches`."""
     g = layer.groups
     if layer.dims == 0:
-        rows = y.reshape(y.shape[0], -1, 1, layer.out_channels)
+        rows = y.reshape(y.shape[0], -1, g, layer.out_channels // g)
     else:
         rows = y.flatten(2).transpose(1, 2).reshape(y.shape[0], -1, g, layer.out_channels // g)
     return rows if positions is None else rows[:, positions]

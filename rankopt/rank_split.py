@@ -33,16 +33,16 @@ def split(
     factors: Factors | Sequence[Factors],
     keeps: Sequence[float],
     multiple: int = 1,
+    quantity: str | None = None,
 ) -> dict[float, dict[str, int]]:
-    """For every share of the dense cost, the ranks that lose the least energy among those that cost no more.
-
-    The cost is the one that the method saves: MACs, or parameters.
+    """For every share of the dense layer's cost, the ranks that lose the least energy among those that cost no more.
 
     Args:
         way, layer: the method and the layer.
         factors: what `way.factorize` returned; several for layers of one shape that must share their ranks.
         keeps: shares of the layer's cost in (0, 1].
         multiple: ranks are multiples of this.
+        quantity: the cost, macs or params; by default what the method saves.
 
     Returns:
         keep → ranks; a share that even the smallest ranks exceed is left out.
@@ -50,18 +50,19 @@ def split(
     several: list[Factors] = [factors] if isinstance(factors, Mapping) else list(factors)
     bounds = way.rank_bounds(layer)
     names = list(bounds)
+    quantity = way.saves[0] if quantity is None else quantity
     per_rank = max(2, int(_GRID ** (1 / len(names))))
     axes = [rank_levels(bounds[n], multiple, per_rank) for n in names]
     found: dict[float, dict[str, int]] = {}
-    grid = _cost(way, layer, several, names, axes)
+    grid = _cost(way, layer, several, quantity, axes)
     for keep in keeps:
-        budget = keep * getattr(layer, way.saves)
+        budget = keep * getattr(layer, quantity)
         best = _best(grid, budget)
         if best is None:
             continue
         while True:  # the grid may be coarse: look at the neighbours until none is better
             near = [_around(best[n], bounds[n], multiple) for n in names]
-            better = _best(_cost(way, layer, several, names, near), budget)
+            better = _best(_cost(way, layer, several, quantity, near), budget)
             if better is None or better == best:
                 break
             best = better
@@ -73,16 +74,16 @@ _Table = tuple[dict[str, NDArray[np.int64]], NDArray[np.float64], NDArray[np.flo
 
 
 def _cost(
-    way: Decomposition, layer: LayerSpec, factors: Sequence[Factors], names: list[str], axes: list[NDArray[np.int64]]
+    way: Decomposition, layer: LayerSpec, factors: Sequence[Factors], quantity: str, axes: list[NDArray[np.int64]]
 ) -> _Table:
     mesh = (
         np.array(list(itertools.product(*axes)), dtype=np.int64)
         if math.prod(map(len, axes)) < 2000
         else (np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(axes)))
     )
-    ranks = {n: mesh[:, i] for i, n in enumerate(names)}
+    ranks = {n: mesh[:, i] for i, n in enumerate(way.rank_bounds(layer))}
     lost = sum(np.asarray(way.lost(f, ranks), dtype=float) for f in factors)
-    return ranks, np.asarray(getattr(way, way.saves)(layer, ranks), dtype=float), np.asarray(lost, dtype=float)
+    return ranks, np.asarray(getattr(way, quantity)(layer, ranks), dtype=float), np.asarray(lost, dtype=float)
 
 
 def _best(table: _Table, budget: float) -> dict[str, int] | None:

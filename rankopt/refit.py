@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.batches import Batch, concatenate
+from rankopt.kinds import kind_named
 from rankopt.layer_spec import LayerSpec
 from rankopt.layers import inference, plain_attention, static_layers
 from rankopt.patches import output_rows, patches
@@ -68,10 +69,12 @@ class Refit:
         self.options = options
         self.order: list[str] = []
         self._layers = {layer.name: layer for layer in layers if len(layer.calls) == 1 and layer.skip is None}
+        self._layers = {n: layer for n, layer in self._layers.items() if kind_named(layer).linear and not layer.tied}
         self._targets: dict[str, list[Tensor]] = {name: [] for name in self._layers}
         self._positions: dict[str, list[Tensor]] = {name: [] for name in self._layers}
         generator = torch.Generator().manual_seed(options.seed)
         modules = dict(model.named_modules())
+        modules = {name: kind_named(layer).tap(modules[name]) for name, layer in self._layers.items()}
 
         def keep(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -90,26 +93,27 @@ class Refit:
             for batch in self.batches:
                 model(*batch.args, **batch.kwargs)
 
-    def __call__(self, compressed: nn.Module, replaced: Mapping[str, nn.Sequential], quick: bool = False) -> None:
+    def __call__(self, compressed: nn.Module, replaced: Mapping[str, nn.Module], quick: bool = False) -> None:
         """Refit in place.
 
         Args:
             compressed: the model with the plan applied.
-            replaced: layer name → the chain that stands in its place. Other layers stay as they are.
+            replaced: layer name → the last stage of what stands in its place (`Decomposition.last`), a Linear or a
+                convolution whose output is the layer's. Other layers stay as they are.
             quick: run it as `fast` says, with weights in that memory format.
         """
         with (self.fast if quick else EXACT).on(self._device):
             for _ in range(self.options.passes):
                 self._refit(compressed, replaced, self._fast_batches if quick else self.batches)
 
-    def _refit(self, compressed: nn.Module, replaced: Mapping[str, nn.Sequential], batches: Sequence[Batch]) -> None:
+    def _refit(self, compressed: nn.Module, replaced: Mapping[str, nn.Module], batches: Sequence[Batch]) -> None:
         names = [name for name in self.order if name in replaced]
         if len(self.batches) == 1:
             with inference(compressed), plain_attention(), _pre_hooks(replaced, names, self._solve_at_once):
                 self._run(compressed, batches[0])
             return
         for name in names:
-            equations = _Equations(replaced[name][-1])
+            equations = _Equations(replaced[name])
             for number in range(len(self.batches)):
                 gather = partial(self._gather, equations, number)
                 with inference(compressed), plain_attention(), _pre_hooks(replaced, [name], gather):
@@ -182,7 +186,7 @@ class _Equations:
 def _batched(layer: LayerSpec, x: Tensor) -> Tensor:
     if layer.dims:
         return x if x.dim() == layer.dims + 2 else x.unsqueeze(0)
-    return x if x.dim() > 1 else x.unsqueeze(0)
+    return x if x.dim() > (2 if layer.groups > 1 else 1) else x.unsqueeze(0)
 
 
 @contextmanager
@@ -200,14 +204,14 @@ def _hooks(
 
 @contextmanager
 def _pre_hooks(
-    replaced: Mapping[str, nn.Sequential], names: Sequence[str], action: Callable[[str, nn.Module, Tensor], None]
+    replaced: Mapping[str, nn.Module], names: Sequence[str], action: Callable[[str, nn.Module, Tensor], None]
 ) -> Iterator[None]:
-    """Call `action(name, last stage, its input)` just before the last stage of each named chain runs."""
+    """Call `action(name, last stage, its input)` just before each named last stage runs."""
 
     def hook(name: str) -> Callable[..., None]:
         return lambda module, args: action(name, module, args[0])
 
-    handles = [replaced[name][-1].register_forward_pre_hook(hook(name)) for name in names]
+    handles = [replaced[name].register_forward_pre_hook(hook(name)) for name in names]
     try:
         yield
     finally:

@@ -27,6 +27,7 @@ from rankopt.decompositions import method
 from rankopt.divergence import Divergence, pick
 from rankopt.errors import RefusedDecomposition
 from rankopt.factors import Factors
+from rankopt.fisher import GradientSamples
 from rankopt.layer_spec import LayerSpec
 from rankopt.plan import DENSE, LayerChoice, Plan
 
@@ -94,8 +95,10 @@ class Sensitivities:
     ) -> NDArray[np.float64]:
         total = np.zeros(len(group.choices))
         for layer in group.layers:
-            weight = self._weight(layer, now)
             curvature, slope = curved[layer.name].fisher, slopes[layer.name].fisher
+            if not (isinstance(curvature, GradientSamples) and isinstance(slope, GradientSamples)):
+                return self._as_before(group, now)
+            weight = self._weight(layer, now)
             step = max(1, _BATCH_BYTES // (4 * weight.numel()))
             for start in range(0, len(group.choices), step):
                 part = group.choices[start : start + step]
@@ -103,6 +106,10 @@ class Sensitivities:
                 found = curvature.losses(changes) + slope.scores(changes).sum(1) / max(len(slope), 1)
                 total[start : start + step] += found.double().numpy()
         return total
+
+    def _as_before(self, group: Group, now: LayerChoice) -> NDArray[np.float64]:
+        """Where weights predict nothing: the losses that distilled candidates had at the dense model."""
+        return group.losses - group.losses[group.choices.index(now)]
 
     def _weight(self, layer: LayerSpec, choice: LayerChoice) -> Tensor:
         """The dense weight that a choice stands for, before any refit."""

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from rankopt.decompositions import method
 from rankopt.decompositions.metric import Metric
 from rankopt.errors import InputError, LayerError, PlanError, RefusedDecomposition
+from rankopt.kinds import kind_named, kind_of
 from rankopt.layers import (
     LayerSpec,
     architecture_digest,
-    group_weight,
+    inside,
     module_names,
     static_layers,
     weights_digest,
@@ -72,7 +73,7 @@ def apply(
     new: dict[str, nn.Module] = {}
     with torch.no_grad():
         for layer, choice in changes:
-            new[layer.name] = _built(layer, choice, modules[layer.name], give(layer, choice))
+            new |= _built(layer, choice, modules, give(layer, choice))
     return _copy(model, new)
 
 
@@ -85,9 +86,9 @@ def structure(model: nn.Module, plan: Plan) -> nn.Module:
     modules = dict(model.named_modules(remove_duplicate=False))
     new: dict[str, nn.Module] = {}
     for layer, choice in changes:
-        old: Any = modules[layer.name]
-        built = method(choice.method).skeleton(layer, choice.ranks, old.weight.dtype, old.weight.device)
-        new[layer.name] = _like(old, built)
+        sample = next(modules[layer.name].parameters())
+        built = method(choice.method).skeleton(layer, choice.ranks, sample.dtype, sample.device)
+        new |= _with_heads(layer, choice, modules, built)
     return _copy(model, new)
 
 
@@ -127,6 +128,9 @@ def _first_problem(plan: Plan, layers: Mapping[str, LayerSpec]) -> InputError | 
             method(choice.method).check(layers[name], choice.ranks)
         except LayerError as error:
             return error
+        outer = next((n for n in plan.changed() if n in layers and inside(layers[name], layers[n])), None)
+        if outer is not None:
+            return LayerError(f"{name}: is a part of {outer!r}, which the plan changes too; make one of them dense")
     return None
 
 
@@ -136,7 +140,7 @@ def _unknown(name: str, layers: Mapping[str, LayerSpec]) -> str:
             return f"{name!r}: is another name of {layer.name!r}; use that one"
     close = difflib.get_close_matches(name, layers, n=1, cutoff=0.0)
     hint = f"the closest is {close[0]!r}" if close else "it has none"
-    return f"{name!r}: the model has no linear or convolutional layer of that name; {hint}"
+    return f"{name!r}: the model has no linear, convolutional or other layer of that name; {hint}"
 
 
 def _missing(plan: Plan, layers: Mapping[str, LayerSpec]) -> str:
@@ -151,10 +155,7 @@ def _missing(plan: Plan, layers: Mapping[str, LayerSpec]) -> str:
 
 
 def _check_values(layer: LayerSpec, module: nn.Module) -> None:
-    for key in ("weight", "bias"):
-        value = getattr(module, key)
-        if value is None:
-            continue
+    for key, value in module.named_parameters():
         if value.is_meta:
             raise LayerError(f"{layer.name}: {key} is on the meta device and has no values; load the weights first")
         if not bool(torch.isfinite(value).all()):
@@ -163,33 +164,50 @@ def _check_values(layer: LayerSpec, module: nn.Module) -> None:
 
 def _factorized(layer: LayerSpec, choice: LayerChoice, module: nn.Module) -> Sequence[Tensor]:
     """Stage weights from the weight alone."""
-    weight: Any = module.weight
+    weight = kind_named(layer).weight(layer, module)
     decomposition = method(choice.method)
     precise = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
-    prepared = decomposition.factorize(layer, group_weight(layer, precise), Metric())
+    prepared = decomposition.factorize(layer, precise, Metric())
     return decomposition.stage_weights(layer, prepared, choice.ranks)
 
 
-def _built(layer: LayerSpec, choice: LayerChoice, old: Any, weights: Sequence[Tensor]) -> nn.Module:
-    decomposition = method(choice.method)
+def _built(
+    layer: LayerSpec, choice: LayerChoice, modules: Mapping[str, nn.Module], weights: Sequence[Tensor]
+) -> dict[str, nn.Module]:
+    decomposition, old = method(choice.method), modules[layer.name]
     expected = [tuple(int(n) for n in shape) for shape in decomposition.stage_shapes(layer, choice.ranks)]
     given = [tuple(w.shape) for w in weights]
     if given != expected:
         raise LayerError(f"{layer.name}: {choice} needs stage weights of the shapes {expected}, got {given}")
-    own = [w.detach().to(old.weight.device, old.weight.dtype) for w in weights]  # `build` copies them, and the bias
+    sample = next(old.parameters())
+    own = [w.detach().to(sample.device, sample.dtype) for w in weights]  # `build` copies them, and the bias
     if not all(bool(torch.isfinite(w).all()) for w in own):
         raise RefusedDecomposition(f"{layer.name}: {choice} has values that {layer.dtype} can't hold")
-    return _like(old, decomposition.build(layer, own, old.bias))
+    return _with_heads(layer, choice, modules, decomposition.build(layer, own, kind_named(layer).bias(old)))
 
 
-def _like(old: Any, new: nn.Module) -> nn.Module:
+def _with_heads(
+    layer: LayerSpec, choice: LayerChoice, modules: Mapping[str, nn.Module], built: nn.Module
+) -> dict[str, nn.Module]:
+    """What stands in the place of a layer, and of the output heads that are tied to it."""
+    new = {layer.name: _like(modules[layer.name], built)}
+    for name in layer.tied:
+        bias = kind_of(modules[name]).bias(modules[name])  # type: ignore[union-attr]
+        new[name] = _like(modules[name], method(choice.method).head(layer, built, bias))
+    return new
+
+
+def _like(old: nn.Module, new: nn.Module) -> nn.Module:
     """Give `new` the mode, ``requires_grad`` and memory format of the layer it replaces."""
-    channels_last = _channels_last(old.weight)
+    weights = [p for name, p in old.named_parameters() if not name.endswith("bias")]
+    biases = [p for name, p in old.named_parameters() if name.endswith("bias")] or weights
+    channels_last = _channels_last(weights[0])
     for name, parameter in new.named_parameters():
         if channels_last and parameter.dim() in _FORMATS:
             value = parameter.data
             parameter.data = torch.empty_like(value, memory_format=_FORMATS[value.dim()]).copy_(value)
-        parameter.requires_grad_(old.bias.requires_grad if name.endswith("bias") else old.weight.requires_grad)
+        like = biases if name.endswith("bias") else weights
+        parameter.requires_grad_(any(p.requires_grad for p in like))
     return new.train(old.training)
 
 

@@ -15,15 +15,16 @@ from pydantic import PrivateAttr
 from torch import nn
 
 from rankopt.candidates import Group
+from rankopt.cost import COUNTED
 from rankopt.decompositions import method
 from rankopt.errors import InputError
-from rankopt.layer_spec import KINDS, LayerSpec
+from rankopt.layer_spec import LayerSpec
 from rankopt.measurement import Measurement
 from rankopt.plan import DENSE, LayerChoice
 from rankopt.targets.target import Subject, Target
 from rankopt.timing import Effort
 
-LAYERS = tuple(KINDS)
+LAYERS = COUNTED
 
 
 class MadeUp(Target):

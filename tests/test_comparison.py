@@ -1,4 +1,4 @@
-"""`compare`: every method alone at equal cost, on a small net and by the command line, against the parts it is made of."""
+"""`compare`: every method alone at equal cost, on a small net and at the command line."""
 
 from __future__ import annotations
 

@@ -16,8 +16,9 @@ from made_up import MadeUp, stepped
 from torch import nn
 
 from rankopt.decompositions import method
+from rankopt.kinds import kind_named
 from rankopt.latency_store import LatencyStore
-from rankopt.latency_table import LatencyTable, dense_module, randomized
+from rankopt.latency_table import LatencyTable, randomized
 from rankopt.layer_spec import Call, LayerSpec
 from rankopt.layers import find_layers
 from rankopt.plan import DENSE, LayerChoice
@@ -222,7 +223,7 @@ def test_the_dense_module_is_the_layer(case: str) -> None:
     make, shape = LAYERS[case]
     module, x = make(), torch.randn(shape)
     (layer,) = find_layers(nn.Sequential(module), x)
-    built = dense_module(layer)
+    built = kind_named(layer).dense(layer, layer.calls[0])
     assert type(built) is type(module)
     built.load_state_dict(module.state_dict())
     assert torch.equal(built(x), module(x))

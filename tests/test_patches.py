@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rankopt.calibration import _out_size
+from rankopt.gathering import _out_size
 from rankopt.layer_spec import LayerSpec, group_weight
 from rankopt.patches import output_rows, patches
 from rankopt.testing import GEOMETRIES, Geometry, geometries, specify

@@ -357,5 +357,5 @@ def test_a_search_for_storage_chooses_them() -> None:
     assert best.measurements["macs_kept"] > 1
 
 
-def test_all_four_are_in_the_table() -> None:
-    assert {name for name, way in table().items() if way.saves == "params"} == set(REBUILT)
+def test_shares_of_them_are_of_parameters() -> None:
+    assert {name for name, way in table().items() if way.saves == ("params",)} >= set(REBUILT)

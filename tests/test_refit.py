@@ -20,9 +20,9 @@ from rankopt.surgery import apply
 ALL = RefitOptions(max_rows=2**30, ridge=1e-9)
 
 
-def chains(built: nn.Module, plan: Plan) -> dict[str, nn.Sequential]:
+def chains(built: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     modules = dict(built.named_modules())
-    return {n: m for n in plan.changed() if isinstance(m := modules[n], nn.Sequential)}
+    return {n: m[-1] for n in plan.changed() if isinstance(m := modules[n], nn.Sequential)}
 
 
 def refitted(

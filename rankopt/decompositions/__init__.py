@@ -6,19 +6,34 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from rankopt.decompositions.activated import Activated
+from rankopt.decompositions.block_term import BlockTerm
+from rankopt.decompositions.chained import ChainDecomposition
 from rankopt.decompositions.cp import Cp
+from rankopt.decompositions.cp_matrix import CpMatrix
 from rankopt.decompositions.decomposition import Decomposition
+from rankopt.decompositions.hierarchical_tucker import HierarchicalTucker
 from rankopt.decompositions.rebuilt import FunctionOfProduct
+from rankopt.decompositions.ring_matrix import RingMatrix
 from rankopt.decompositions.spatial_svd import SpatialSvd
 from rankopt.decompositions.svd import Svd, SvdIn
 from rankopt.decompositions.tensor_ring import TensorRing
 from rankopt.decompositions.tensor_train import TensorTrain
+from rankopt.decompositions.tensorized import TensorizedDecomposition, memory
+from rankopt.decompositions.tt_matrix import TtMatrix
 from rankopt.decompositions.tucker import Tucker
 from rankopt.decompositions.tucker2 import Tucker2
+from rankopt.decompositions.tucker_matrix import TuckerMatrix
 from rankopt.errors import LayerError
 
-_OWN: tuple[type[Decomposition], ...] = (Svd, SvdIn, SpatialSvd, Tucker2, Tucker, Cp, TensorTrain, TensorRing)
-_ACTIVATED: tuple[type[Decomposition], ...] = (Svd, SpatialSvd, Tucker2, Cp)
+_TENSORIZED: tuple[type[TensorizedDecomposition], ...] = (
+    *(TtMatrix, TuckerMatrix, CpMatrix, RingMatrix, BlockTerm, HierarchicalTucker),
+)
+_OWN: tuple[type[Decomposition], ...] = (
+    *(Svd, SvdIn, SpatialSvd, Tucker2, Tucker, Cp, TensorTrain, TensorRing),
+    *_TENSORIZED,
+    *(memory(cls) for cls in _TENSORIZED),
+)
+_ACTIVATED: tuple[type[ChainDecomposition], ...] = (Svd, SpatialSvd, Tucker2, Cp)
 _REBUILT = (("relu", "svd"), ("relu", "tucker"), ("relu", "cp"), ("sin", "svd"))
 
 

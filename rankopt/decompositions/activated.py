@@ -17,14 +17,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rankopt.decompositions.decomposition import Decomposition, Factors, Ranks, Stage
+from rankopt.decompositions.chained import ChainDecomposition, Stage
+from rankopt.decompositions.decomposition import Factors, Ranks
 from rankopt.decompositions.metric import Metric
 from rankopt.layer_spec import LayerSpec
 from rankopt.nn.chain import Chain
 from rankopt.nn.slopes import Slopes
 
 
-class Activated(Decomposition):
+class Activated(ChainDecomposition):
     """The chain of another method with `Slopes` behind every stage but the last.
 
     Args:
@@ -33,14 +34,16 @@ class Activated(Decomposition):
 
     linear = False
 
-    def __init__(self, inner: Decomposition) -> None:
+    def __init__(self, inner: ChainDecomposition) -> None:
         self.inner = inner
         self.name = f"{inner.name}_act"
         self.twin = inner.name
         self.sliceable, self.exact = inner.sliceable, inner.exact
 
     def why_not(self, layer: LayerSpec) -> str | None:
-        """As the linear method."""
+        """As the linear method; rows of an embedding are looked up, with nothing to bend."""
+        if layer.kind == "embedding":
+            return f"an activation behind a table makes another table; take {self.twin}"
         return self.inner.why_not(layer)
 
     def rank_names(self, layer: LayerSpec) -> tuple[str, ...]:
@@ -82,7 +85,19 @@ class Activated(Decomposition):
         """As the linear method."""
         return self.inner.lost(factors, ranks)
 
-    def build(self, layer: LayerSpec, weights: Sequence[Tensor], bias: Tensor | None) -> nn.Sequential:
+    def weights_of(self, layer: LayerSpec, ranks: Mapping[str, int], built: nn.Module) -> list[Tensor]:
+        """Of the stages; raises `ValueError` where no slopes are between them."""
+        modules = list(built.children())
+        if len(modules) < 3 or not all(isinstance(m, Slopes) == (n % 2 == 1) for n, m in enumerate(modules)):
+            raise ValueError(f"{layer.name}: is no chain with activations")
+        return self.inner.weights_of(layer, ranks, nn.Sequential(*modules[::2]))
+
+    def bent(self, built: nn.Module) -> str | None:
+        """Once a slope is no longer 1."""
+        moved = sum(module.moved for module in built.children() if isinstance(module, Slopes))
+        return f"training has moved {moved} slopes of its activations; {self.twin} stays linear" if moved else None
+
+    def build(self, layer: LayerSpec, weights: Sequence[Tensor], bias: Tensor | None) -> Chain:
         """The chain with slopes of 1 between its stages."""
         modules: list[nn.Module] = []
         for module, weight in zip(self.inner.build(layer, weights, bias), weights, strict=True):

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankopt.decompositions.decomposition import Decomposition, Factors, Ranks, Stage, channels_and_kernel
+from rankopt.decompositions.chained import ChainDecomposition, Stage
+from rankopt.decompositions.decomposition import Factors, Ranks, channels_and_kernel
 from rankopt.decompositions.metric import Metric
 from rankopt.decompositions.multilinear import mode_products, mode_roots, tail, tensorly
 from rankopt.errors import RefusedDecomposition
@@ -39,7 +40,7 @@ _ENOUGH = 1e-5
 _BUDGET = 1e11
 
 
-class Cp(Decomposition):
+class Cp(ChainDecomposition):
     """Pointwise in → rank, depthwise over the whole kernel, pointwise rank → out."""
 
     name = "cp"

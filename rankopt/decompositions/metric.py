@@ -22,17 +22,30 @@ class Metric:
     Attributes:
         patch: (groups, in·kernel, in·kernel), the index of a patch running as in ``weight.flatten(2)``.
         channel: (groups, in, in), used where the patch moment is too large to hold.
+        diagonal: (groups, in), where different inputs never come together: how often the rows of a table are looked up.
         gradient: (groups, out, out), second moment of the loss's gradient at the output.
+        turned: (groups, out, out), second moment of what an output head that holds the same weight is given, since it
+            reads the weight from this side.
     """
 
     patch: Tensor | None = None
     channel: Tensor | None = None
     gradient: Tensor | None = None
+    diagonal: Tensor | None = None
+    turned: Tensor | None = None
+
+    @property
+    def side(self) -> Tensor | None:
+        """(groups, out, out): what an error costs by its output channel; None where all cost the same."""
+        known = [m for m in (self.gradient, self.turned) if m is not None]
+        if len(known) < 2:
+            return known[0] if known else None
+        return torch.stack([m / m.diagonal(dim1=-2, dim2=-1).mean().clamp_min(1e-300) for m in known]).mean(0)
 
     @property
     def known(self) -> bool:
         """Whether there are input statistics at all."""
-        return self.patch is not None or self.channel is not None
+        return self.patch is not None or self.channel is not None or self.diagonal is not None
 
     def over_modes(self, shape: tuple[int, ...], keep: tuple[int, ...]) -> Tensor | None:
         """The moment of some of the patch modes, averaged over the diagonal of the others.
@@ -45,9 +58,9 @@ class Metric:
             (groups, n, n) with n the product of the kept modes, or None without statistics.
         """
         if self.patch is None:
-            if self.channel is None:
-                return None
-            if 0 not in keep:
+            if self.diagonal is not None and 0 in keep:
+                return torch.diag_embed(self.diagonal)
+            if self.channel is None or 0 not in keep:
                 return None
             rest = math.prod(shape[m] for m in keep if m != 0)
             eye = torch.eye(rest, dtype=self.channel.dtype, device=self.channel.device)
@@ -70,6 +83,8 @@ class Metric:
         if self.channel is not None:
             by_channel = weight.reshape(*weight.shape[:3], -1)
             return torch.einsum("goik,gij->gojk", by_channel, self.channel.to(flat)).flatten(2)
+        if self.diagonal is not None:
+            return flat * self.diagonal.to(flat)[:, None]
         return flat
 
     def output_moment(self, weight: Tensor) -> Tensor:
@@ -82,7 +97,7 @@ class Metric:
 
     def without_gradient(self) -> Metric:
         """The same input statistics alone."""
-        return Metric(self.patch, self.channel)
+        return Metric(self.patch, self.channel, diagonal=self.diagonal, turned=self.turned)
 
 
 def root(moment: Tensor | None, size: int, like: Tensor) -> tuple[Tensor, Tensor]:

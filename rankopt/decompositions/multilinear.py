@@ -68,7 +68,7 @@ def mode_roots(metric: Metric, weight: Tensor, modes: Sequence[tuple[int, ...]] 
         modes: tuples of spatial dimensions, counted from 0.
     """
     shape = tuple(weight.shape[2:])
-    roots = [root(metric.gradient, weight.shape[1], weight)]
+    roots = [root(metric.side, weight.shape[1], weight)]
     for keep in [(0,), *(tuple(d + 1 for d in mode) for mode in modes)]:
         roots.append(root(metric.over_modes(shape, keep), math.prod(shape[m] for m in keep), weight))
     return roots

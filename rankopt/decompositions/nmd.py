@@ -207,10 +207,8 @@ def tucker_step(z: Tensor, factors: Factors) -> Factors:
     for n in range(3):
         seen = z
         for m in range(3):
-            if m != n:
-                seen = torch.tensordot(seen, bases[m], dims=([0], [0]))  # the mode goes to the end
-            else:
-                seen = seen.movedim(0, -1)
+            # either way the first mode goes to the end
+            seen = torch.tensordot(seen, bases[m], dims=([0], [0])) if m != n else seen.movedim(0, -1)
         unfolded = seen.movedim(n, 0).flatten(1)
         _, vectors = torch.linalg.eigh(unfolded @ unfolded.mT)
         bases[n] = vectors[:, -bases[n].shape[1] :]

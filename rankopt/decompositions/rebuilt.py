@@ -38,9 +38,9 @@ from rankopt.decompositions.decomposition import (
     Decomposition,
     Factors,
     Ranks,
-    Stage,
     channels_and_kernel,
     one_channel,
+    wide,
 )
 from rankopt.decompositions.metric import Metric
 from rankopt.decompositions.multilinear import corner_energy, leading, mode_gram, mode_products, mode_roots, outside
@@ -203,7 +203,7 @@ class FunctionOfProduct(Decomposition):
 
     sliceable = False
     exact = False
-    saves = "params"
+    saves = ("params",)
 
     def __init__(self, function: str, form: str) -> None:
         self.function, self.form = function, _FORMS[form]
@@ -211,7 +211,9 @@ class FunctionOfProduct(Decomposition):
         self.pointwise = f"{function}_svd"
 
     def why_not(self, layer: LayerSpec) -> str | None:
-        """Needs channels on both sides; Tucker and CP a kernel too."""
+        """Needs channels on both sides; Tucker and CP a kernel too. A table would be rebuilt for every look-up."""
+        if layer.kind == "embedding":
+            return "the whole table would be rebuilt for every look-up"
         return self.form.why_not(layer)
 
     def rank_names(self, layer: LayerSpec) -> tuple[str, ...]:
@@ -223,21 +225,17 @@ class FunctionOfProduct(Decomposition):
         bounds = self.form.bounds(self.form.modes(layer), self._modes(layer))
         return dict(zip(self.form.names, bounds, strict=True))
 
-    def stages(self, layer: LayerSpec, ranks: Ranks) -> list[Stage]:
-        """None: the layer stays one."""
-        return []
-
     def params(self, layer: LayerSpec, ranks: Ranks) -> Any:
         """The factors' entries, and the bias."""
         total: Any = layer.out_channels if layer.bias else 0
-        for shape in self._shapes(layer, _wide(ranks)):
+        for shape in self._shapes(layer, wide(ranks)):
             total = total + layer.groups * _product(shape)
         return total
 
     def macs(self, layer: LayerSpec, ranks: Ranks) -> Any:
         """Those of the dense layer, and in every call those of the product."""
-        wide = _wide(ranks)
-        product = self.form.macs(self._modes(layer), [wide[name] for name in self.form.names])
+        given = wide(ranks)
+        product = self.form.macs(self._modes(layer), [given[name] for name in self.form.names])
         total = layer.macs + len(layer.calls) * layer.groups * product
         return total if isinstance(total, np.ndarray) else int(total)
 
@@ -274,9 +272,15 @@ class FunctionOfProduct(Decomposition):
         """As the linear factorization."""
         return self.form.lost(factors, ranks)
 
-    def polish(self, layer: LayerSpec, weights: Sequence[Tensor], weight: Tensor, metric: Metric) -> list[Tensor]:
-        """Nothing: `stage_weights` has descended in the metric already."""
-        return list(weights)
+    def weights_of(self, layer: LayerSpec, ranks: Mapping[str, int], built: nn.Module) -> list[Tensor]:
+        """The factors."""
+        shapes = self.stage_shapes(layer, ranks)
+        if not isinstance(built, Rebuilt) or built.function != self.function:
+            raise ValueError(f"{layer.name}: is no layer that rebuilds its weight by {self.function}")
+        factors = list(built.factors)
+        if [tuple(f.shape) for f in factors] != shapes:
+            raise ValueError(f"{layer.name}: has other ranks than {dict(ranks)}")
+        return factors
 
     def build(self, layer: LayerSpec, weights: Sequence[Tensor], bias: Tensor | None) -> nn.Module:
         """The layer that makes its weight of the factors."""
@@ -286,7 +290,7 @@ class FunctionOfProduct(Decomposition):
 
     def stage_shapes(self, layer: LayerSpec, ranks: Mapping[str, int]) -> list[tuple[int, ...]]:
         """The factors, groups in front; with the sine the amplitude before them."""
-        shapes = self._shapes(layer, _wide(ranks))
+        shapes = self._shapes(layer, wide(ranks))
         return [(layer.groups, *(int(n) for n in shape)) for shape in shapes]
 
     def _side(self, layer: LayerSpec) -> int:
@@ -387,11 +391,6 @@ def _descended(start: list[Tensor], error: Callable[[Sequence[Tensor]], Tensor],
 
         method.step(closure)  # type: ignore[no-untyped-call]
     return best
-
-
-def _wide(ranks: Ranks) -> dict[str, Any]:
-    """Arrays as 64-bit integers."""
-    return {name: rank.astype(np.int64) if isinstance(rank, np.ndarray) else int(rank) for name, rank in ranks.items()}
 
 
 def _product(values: Sequence[Any]) -> Any:

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankopt.decompositions.decomposition import Decomposition, Factors, Ranks, Stage
+from rankopt.decompositions.chained import ChainDecomposition, Stage
+from rankopt.decompositions.decomposition import Factors, Ranks
 from rankopt.decompositions.metric import Metric, root
 from rankopt.decompositions.multilinear import leading, tail
 from rankopt.layer_spec import LayerSpec
 
 
-class SpatialSvd(Decomposition):
+class SpatialSvd(ChainDecomposition):
     """k1×1 convolution in → rank, then 1×k2 convolution rank → out."""
 
     name = "spatial_svd"

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankopt.decompositions.decomposition import Decomposition, Factors, Ranks, Stage, one_channel
+from rankopt.decompositions.chained import ChainDecomposition, Stage
+from rankopt.decompositions.decomposition import Factors, Ranks, one_channel
 from rankopt.decompositions.metric import Metric, root
 from rankopt.decompositions.multilinear import leading, tail
 from rankopt.layer_spec import LayerSpec
 
 
-class Svd(Decomposition):
+class Svd(ChainDecomposition):
     """Kernel first: in → rank over the whole kernel, then rank → out pointwise."""
 
     name = "svd"
@@ -49,7 +50,7 @@ class Svd(Decomposition):
     def factorize(self, layer: LayerSpec, weight: Tensor, metric: Metric) -> Factors:
         """Eigenvectors of the output's second moment: W = (G⁻½ U)(Uᵀ G½ W); the input moment is never inverted."""
         bound = self.rank_bounds(layer)["rank"]
-        half, inverse = root(metric.gradient, weight.shape[1], weight)
+        half, inverse = root(metric.side, weight.shape[1], weight)
         vectors, energy = leading(half @ metric.output_moment(weight) @ half.mT, bound)
         flat = weight.flatten(3) if layer.dims else weight[..., None]
         first = torch.einsum("gor,goik->grik", half.mT @ vectors, flat)
@@ -77,7 +78,7 @@ class Svd(Decomposition):
         return tail(factors["energy"], ranks["rank"])
 
 
-class SvdIn(Decomposition):
+class SvdIn(ChainDecomposition):
     """Pointwise first: in → rank, then rank → out over the whole kernel."""
 
     name = "svd_in"
@@ -106,7 +107,7 @@ class SvdIn(Decomposition):
         """SVD of the weight whitened along the input channels (and weighted along the outputs)."""
         bound = self.rank_bounds(layer)["rank"]
         half, inverse = root(metric.over_modes((weight.shape[2], *layer.kernel_size), (0,)), weight.shape[2], weight)
-        out_half, _ = root(metric.gradient, weight.shape[1], weight)
+        out_half, _ = root(metric.side, weight.shape[1], weight)
         flat = weight.flatten(3)
         white = torch.einsum("gop,gpik,gij->gjok", out_half, flat, half).flatten(2)
         vectors, energy = leading(white @ white.mT, bound)

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankopt.decompositions.decomposition import Decomposition, Factors, Ranks, Stage, channels_and_kernel
+from rankopt.decompositions.chained import ChainDecomposition, Stage
+from rankopt.decompositions.decomposition import Factors, Ranks, channels_and_kernel
 from rankopt.decompositions.metric import Metric
 from rankopt.decompositions.multilinear import leading, mode_gram, mode_products, mode_roots, tail, tensorly
 from rankopt.layer_spec import LayerSpec
@@ -36,7 +37,7 @@ _BUDGET = 3e10
 Ring = tuple[Tensor, Tensor, Tensor]
 
 
-class TensorRing(Decomposition):
+class TensorRing(ChainDecomposition):
     """Pointwise, a convolution shared by rank_1 blocks of channels, pointwise."""
 
     name = "tensor_ring"

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rankopt.decompositions.decomposition import Decomposition, Factors, Ranks, Stage, one_channel, spatial_modes
+from rankopt.decompositions.chained import ChainDecomposition, Stage
+from rankopt.decompositions.decomposition import Factors, Ranks, one_channel, spatial_modes
 from rankopt.decompositions.metric import Metric
 from rankopt.decompositions.multilinear import mode_products, mode_roots, tail, tensorly
 from rankopt.layer_spec import LayerSpec
 
 
-class TensorTrain(Decomposition):
+class TensorTrain(ChainDecomposition):
     """Pointwise in → rank_1, a convolution per spatial dimension to rank_2, …, pointwise to the outputs."""
 
     name = "tensor_train"
@@ -64,13 +65,13 @@ class TensorTrain(Decomposition):
         modes = weight.reshape(*weight.shape[:3], *(k for k in layer.kernel_size if k > 1))
         seen = mode_products(modes, [out_half]).permute(0, 1, *range(modes.dim() - 1, 2, -1), 2)
         white = (seen.flatten(1, -2) @ in_half).reshape(seen.shape)
-        cores = _train(white, list(self.rank_bounds(layer).values())[::-1])
+        cores = train(white, list(self.rank_bounds(layer).values())[::-1])
         # The input's core: the weight, plain along the input, seen through all the other cores.
         factors = {"stage_0": _view(cores[:-1]).mT @ seen.flatten(1, -2)}
         for n, core in enumerate(cores[-2:0:-1]):
             factors[f"stage_{n + 1}"] = core.permute(0, 1, 3, 2)
         factors[f"stage_{len(cores) - 1}"] = out_inverse @ cores[0][:, 0]
-        for n, energy in enumerate(_spectra(cores)):
+        for n, energy in enumerate(spectra(cores)):
             factors[f"energy_{n + 1}"] = energy
         return factors
 
@@ -104,7 +105,7 @@ class TensorTrain(Decomposition):
         return np.minimum(sum(tail(factors[f"energy_{name[5:]}"], rank) for name, rank in ranks.items()), 1.0)
 
 
-def _train(tensor: Tensor, bonds: list[int]) -> list[Tensor]:
+def train(tensor: Tensor, bonds: list[int]) -> list[Tensor]:
     """Cores (groups, left, mode, right) of every group's TT-SVD, all but the last orthonormal seen from the left."""
     with tensorly() as tl:
         trains = [tl.decomposition.tensor_train(t, rank=[1, *bonds, 1]) for t in tensor]
@@ -119,7 +120,7 @@ def _view(cores: Sequence[Tensor]) -> Tensor:
     return out
 
 
-def _spectra(cores: Sequence[Tensor]) -> list[Tensor]:
+def spectra(cores: Sequence[Tensor]) -> list[Tensor]:
     """Squared singular values at every bond, from the last; with orthonormal cores on the left, they are row norms."""
     gram = cores[-1].flatten(2) @ cores[-1].flatten(2).mT
     spectra = [gram.diagonal(dim1=-2, dim2=-1).sum(0)]

@@ -19,20 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankopt.decompositions.decomposition import (
-    Decomposition,
-    Factors,
-    Ranks,
-    Stage,
-    channels_and_kernel,
-    spatial_modes,
-)
+from rankopt.decompositions.chained import ChainDecomposition, Stage
+from rankopt.decompositions.decomposition import Factors, Ranks, channels_and_kernel, spatial_modes
 from rankopt.decompositions.metric import Metric
 from rankopt.decompositions.multilinear import corner_energy, leading, mode_gram, mode_products, mode_roots, outside
 from rankopt.layer_spec import LayerSpec
 
 
-class Tucker(Decomposition):
+class Tucker(ChainDecomposition):
     """Pointwise, a depthwise convolution per spatial dimension, the core pointwise, pointwise."""
 
     name = "tucker"

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankopt.decompositions.decomposition import Decomposition, Factors, Ranks, Stage, channels_and_kernel
+from rankopt.decompositions.chained import ChainDecomposition, Stage
+from rankopt.decompositions.decomposition import Factors, Ranks, channels_and_kernel
 from rankopt.decompositions.metric import Metric
 from rankopt.decompositions.multilinear import corner_energy, leading, mode_gram, mode_products, mode_roots, outside
 from rankopt.layer_spec import LayerSpec
 
 
-class Tucker2(Decomposition):
+class Tucker2(ChainDecomposition):
     """Pointwise in → rank_in, kernel rank_in → rank_out, pointwise rank_out → out."""
 
     name = "tucker2"

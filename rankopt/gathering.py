@@ -1,0 +1,375 @@
+"""`Gatherer`: what calibration keeps of one layer while data run through the model; one class a form of statistics.
+
+`WeightGatherer` for layers that multiply inputs with a weight, `TokenGatherer` for embeddings, `BlockGatherer` for
+layers that are more than that. `gatherer` picks by the layer's kind.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankopt.block_samples import BlockSample, BlockSamples
+from rankopt.decompositions.metric import Metric
+from rankopt.divergence import pick
+from rankopt.fisher import FisherSamples, GradientSamples, by_position, weight_gradients
+from rankopt.kinds import kind_named
+from rankopt.layer_spec import LayerSpec
+from rankopt.nest import mapped, tensors
+from rankopt.patches import output_rows, patches
+from rankopt.token_statistics import TokenPiece, TokenSamples
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How much is gathered.
+
+    Attributes:
+        fisher_samples: samples of which gradients are taken (the first ones).
+        draws: labels drawn for each of them.
+        temperature: of the distribution that they are drawn from. Above 1, samples that the model knows by heart (its
+            training data) still say which changes matter: their plain gradients vanish, their errors later don't.
+        max_rows: output positions a layer's moment is made of, spread evenly over the samples (None: all).
+        max_patch: the largest patch (in/groups · kernel) whose full moment is held; above, the channels' alone.
+        piece: samples that run through the model at once.
+        layer_bytes: memory for one layer's gradients; fewer samples are kept where they don't fit.
+        seed: for positions and labels.
+    """
+
+    fisher_samples: int = 256
+    draws: int = 4
+    temperature: float = 2.0
+    max_rows: int | None = 2**17
+    max_patch: int = 5120
+    piece: int = 32
+    layer_bytes: int = 192 * 2**20
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Second moments (`metric`) and gradients (`fisher`) of a layer; calls of it where its weight predicts nothing."""
+
+    metric: Metric
+    fisher: GradientSamples | BlockSamples
+
+
+class MixedError(Exception):
+    """Rows of several samples that can't be told apart."""
+
+
+@dataclass
+class Seen:
+    """One call of a layer while gradients are taken.
+
+    Attributes:
+        role: which of the gatherer's taps was called.
+        kept: what the gatherer keeps of it.
+        gradients: of the output, one a draw, filled in by the backward passes.
+    """
+
+    role: str
+    kept: Any
+    gradients: list[Tensor] = field(default_factory=list)
+
+
+class Gatherer(ABC):
+    """Running sums of one layer.
+
+    Args:
+        layer, options: what of, and how much.
+        samples: how many there will be in all.
+    """
+
+    def __init__(self, layer: LayerSpec, options: CalibrationOptions, samples: int) -> None:
+        self.layer, self.options, self.total = layer, options, samples
+        self.calls: list[Seen] = []
+        self.held = 0
+        self.generator = torch.Generator().manual_seed(options.seed)
+
+    def taps(self, modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+        """The modules that are looked at, each with the role that it has here."""
+        return [("", kind_named(self.layer).tap(modules[self.layer.name]))]
+
+    def alone(self, role: str, x: Tensor) -> None:  # noqa: B027
+        """Told once what the module is given when the model is run on a single sample."""
+
+    @abstractmethod
+    def look(self, role: str, x: Tensor) -> None:
+        """See the input of one call."""
+
+    @abstractmethod
+    def keep(self, role: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        """What is kept of a call whose output's gradients are taken: copies, since modules may work in place."""
+
+    def close_piece(self, samples: int) -> None:
+        """Turn the calls of one piece into samples, and forget them."""
+        calls, self.calls = self.calls, []
+        if calls and all(len(c.gradients) == len(calls[0].gradients) > 0 for c in calls):
+            self.take(calls, samples)
+
+    @abstractmethod
+    def take(self, calls: list[Seen], samples: int) -> None:
+        """Keep the gradients of a piece in which every call has as many of them as there were draws."""
+
+    @abstractmethod
+    def finish(self) -> LayerStatistics:
+        """Means of the sums."""
+
+    def _room(self, samples: int, each: int) -> int:
+        """How many of a piece's samples are kept when one takes so many bytes; at least one of the first piece."""
+        room = max(self.options.layer_bytes - self.held, 0) // each
+        take = min(samples, room) if self.held else max(1, min(samples, room))
+        self.held += take * each
+        return take
+
+
+def gatherer(layer: LayerSpec, options: CalibrationOptions, samples: int) -> Gatherer:
+    """The one that fits the layer's kind."""
+    kind = kind_named(layer)
+    form = BlockGatherer if not kind.linear else TokenGatherer if kind.tokens else WeightGatherer
+    return form(layer, options, samples)
+
+
+class WeightGatherer(Gatherer):
+    """The second moment of the input patches, that of the output's gradients, and gradients of the weight."""
+
+    def __init__(self, layer: LayerSpec, options: CalibrationOptions, samples: int) -> None:
+        super().__init__(layer, options, samples)
+        g, o, i, *k = layer.group_shape
+        self.entries = math.prod((g, o, i, *k))
+        self.full = i * math.prod(k) <= options.max_patch
+        n = i * math.prod(k) if self.full else i
+        self.moment = torch.zeros(g, n, n, dtype=torch.float64 if n <= 1024 else torch.float32)
+        self.out_moment = torch.zeros(g, o, o, dtype=torch.float64 if o <= 1024 else torch.float32)
+        self.rows = self.out_rows = 0
+        self.shapes: list[tuple[int, ...]] = []
+        self.gradients: list[Tensor] = []
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+
+    def alone(self, role: str, x: Tensor) -> None:
+        """Note the shape."""
+        self.shapes.append(tuple(_batched(self.layer, x).shape))
+
+    def look(self, role: str, x: Tensor) -> None:
+        """Add the patches of one call to the moment, at a random share of the positions."""
+        layer, x = self.layer, _batched(self.layer, x)
+        if not self.full:
+            g, _, i, *_ = layer.group_shape
+            rows = x.movedim(1, -1).reshape(-1, g, i) if layer.dims else x.reshape(-1, g, i)
+            rows = rows[self._subset(len(rows))].float()
+        else:
+            positions = math.prod(_out_size(layer, x)) if layer.dims else x[0].numel() // layer.in_channels
+            rows = patches(layer, x.float(), self._subset(positions)).flatten(0, 1)
+        if len(rows):
+            self.moment += torch.einsum("pgi,pgj->gij", rows, rows).to(self.moment)
+            self.rows += len(rows)
+
+    def _subset(self, positions: int) -> Tensor:
+        """Indices of the positions to use, so that all samples together give about `max_rows`."""
+        limit = self.options.max_rows
+        share = 1.0 if limit is None else limit / max(self.total * self.layer_positions, 1)
+        wanted = max(1, math.ceil(positions * share))
+        if wanted >= positions:
+            return torch.arange(positions)
+        return torch.randperm(positions, generator=self.generator)[:wanted]
+
+    @property
+    def layer_positions(self) -> int:
+        """Output positions a sample, from the calls on the example input."""
+        calls = self.layer.calls
+        return max(1, sum(math.prod(c.out_size) * (1 if self.layer.dims else c.batch) for c in calls))
+
+    def keep(self, role: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        """The input."""
+        return _batched(self.layer, given(args, kwargs)).detach().clone()
+
+    def take(self, calls: list[Seen], samples: int) -> None:
+        """As pairs of input and gradient, or multiplied out where that is smaller."""
+        pairs = []
+        for n, call in enumerate(calls):
+            shape = self.shapes[min(n, len(self.shapes) - 1)] if self.shapes else tuple(call.kept.shape)
+            gradients = (_batched(self.layer, g) for g in call.gradients)
+            first, *others = (by_sample(self.layer, t, samples, shape) for t in (call.kept, *gradients))
+            pairs.append((first, torch.stack(others)))
+        for _, g in pairs:
+            rows = by_position(self.layer, g.flatten(0, 1).float(), output_rows).flatten(0, 1)
+            self.out_moment += torch.einsum("pgo,pgq->goq", rows, rows).to(self.out_moment)
+            self.out_rows += len(rows)
+        draws = pairs[0][1].shape[0]
+        dense = 4 * self.entries * draws
+        paired = sum(4 * (x[0].numel() + draws * g[0, 0].numel()) for x, g in pairs)
+        as_pairs = paired < dense and len(pairs) == 1
+        take = self._room(samples, min(dense, paired if as_pairs else dense))
+        if take == 0:
+            return
+        if as_pairs:
+            x, g = pairs[0]
+            self.pairs.append((x[:take].clone(), g[:, :take].clone()))
+        else:
+            total: Any = sum(weight_gradients(self.layer, x[:take], g[:, :take]) for x, g in pairs)
+            self.gradients.append(total.flatten(0, 1))
+
+    def finish(self) -> LayerStatistics:
+        """Means of the sums."""
+        moment = self.moment / max(self.rows, 1)
+        gradient = self.out_moment / max(self.out_rows, 1) if self.out_rows else None
+        metric = Metric(patch=moment, gradient=gradient) if self.full else Metric(channel=moment, gradient=gradient)
+        gradients = torch.cat(self.gradients) if self.gradients else None
+        return LayerStatistics(metric, FisherSamples(self.layer, gradients, tuple(self.pairs)))
+
+
+class TokenGatherer(Gatherer):
+    """How often rows are looked up, what a tied head is given, and their gradients."""
+
+    def __init__(self, layer: LayerSpec, options: CalibrationOptions, samples: int) -> None:
+        super().__init__(layer, options, samples)
+        self.counts = torch.zeros(layer.in_channels, dtype=torch.int64)
+        width = layer.out_channels
+        self.given = torch.zeros(width, width, dtype=torch.float64)
+        self.gradient = torch.zeros(width, width, dtype=torch.float64)
+        self.head_rows = self.out_rows = 0
+        self.pieces: list[TokenPiece] = []
+        self.shapes: dict[str, list[tuple[int, ...]]] = {"": [], "head": []}
+
+    def taps(self, modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+        """The table, and the heads that are tied to it."""
+        return [*super().taps(modules), *(("head", modules[name]) for name in self.layer.tied)]
+
+    def alone(self, role: str, x: Tensor) -> None:
+        """Note the shape."""
+        self.shapes[role].append(tuple(self._batched(role, x).shape))
+
+    def look(self, role: str, x: Tensor) -> None:
+        """Count, or add to the moment."""
+        if role == "":
+            self.counts += torch.bincount(x.reshape(-1).cpu(), minlength=len(self.counts))
+            return
+        rows = x.reshape(-1, self.layer.out_channels).double()
+        self.given += (rows.mT @ rows).cpu()
+        self.head_rows += len(rows)
+
+    def keep(self, role: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        """The input."""
+        return self._batched(role, given(args, kwargs)).detach().clone()
+
+    def take(self, calls: list[Seen], samples: int) -> None:
+        """Pairs of input and gradient."""
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {"": [], "head": []}
+        for call in calls:
+            shapes, n = self.shapes[call.role], len(found[call.role])
+            shape = shapes[min(n, len(shapes) - 1)] if shapes else tuple(call.kept.shape)
+            width = self.layer.out_channels if call.role == "" else self.layer.in_channels
+            wide = [
+                g.reshape(*call.kept.shape, width) if call.role == "" else self._batched("head", g)
+                for g in call.gradients
+            ]
+            first, *others = (by_sample(self.layer, t, samples, shape, call.role == "") for t in (call.kept, *wide))
+            first = first.reshape(samples, -1, *(() if call.role == "" else first.shape[-1:]))
+            gradients = torch.stack([g.reshape(samples, -1, width) for g in others])
+            if call.role == "":
+                rows = gradients.reshape(-1, width).double()
+                self.gradient += (rows.mT @ rows).cpu()
+                self.out_rows += len(rows)
+            found[call.role].append((first, gradients))
+        each = sum(8 * x[0].numel() + 4 * g[:, 0].numel() for pairs in found.values() for x, g in pairs)
+        take = self._room(samples, each)
+        if take:
+            kept = {role: [(x[:take].clone(), g[:, :take].clone()) for x, g in pairs] for role, pairs in found.items()}
+            self.pieces.append(TokenPiece(take, kept[""], kept["head"]))
+
+    def finish(self) -> LayerStatistics:
+        """One is added to every count; frequencies are such that their mean is 1."""
+        frequencies = (self.counts.double() + 1) * len(self.counts) / float(self.counts.sum() + len(self.counts))
+        metric = Metric(
+            diagonal=frequencies[None],
+            gradient=(self.gradient / self.out_rows)[None] if self.out_rows else None,
+            turned=(self.given / self.head_rows)[None] if self.head_rows else None,
+        )
+        return LayerStatistics(metric, TokenSamples(self.layer, tuple(self.pieces)))
+
+    def _batched(self, role: str, x: Tensor) -> Tensor:
+        return x.unsqueeze(0) if x.dim() < (1 if role == "" else 2) else x
+
+
+class BlockGatherer(Gatherer):
+    """Calls, and gradients of their outputs."""
+
+    def __init__(self, layer: LayerSpec, options: CalibrationOptions, samples: int) -> None:
+        super().__init__(layer, options, samples)
+        self.samples: list[BlockSample] = []
+
+    def look(self, role: str, x: Tensor) -> None:
+        """Nothing is summed."""
+
+    def keep(self, role: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        """Everything that was given, and the output."""
+        own = lambda t: t.detach().clone()  # noqa: E731
+        return mapped(args, own), mapped(dict(kwargs), own), pick(output).detach().clone()
+
+    def take(self, calls: list[Seen], samples: int) -> None:
+        """Whole calls, while they fit."""
+        for call in calls:
+            args, kwargs, output = call.kept
+            gradient = torch.stack(call.gradients)
+            size = sum(t.numel() * t.element_size() for t in (*tensors(args), *tensors(kwargs), output, gradient))
+            if not self.held or self.held + size <= self.options.layer_bytes:
+                self.held += size
+                self.samples.append(BlockSample(args, kwargs, output, gradient, samples))
+
+    def finish(self) -> LayerStatistics:
+        """No metric."""
+        return LayerStatistics(Metric(), BlockSamples(tuple(self.samples)))
+
+
+def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """The first thing that a module is called with."""
+    found: Tensor = args[0] if args else kwargs["input"] if "input" in kwargs else tensors(dict(kwargs))[0]
+    return found
+
+
+def _batched(layer: LayerSpec, x: Tensor) -> Tensor:
+    """With a batch dimension."""
+    alone = x.dim() == (layer.dims + 1 if layer.dims else 2 if layer.groups > 1 else 1)
+    return x.unsqueeze(0) if alone else x
+
+
+def _out_size(layer: LayerSpec, x: Tensor) -> tuple[int, ...]:
+    size = []
+    for d, n in enumerate(x.shape[2:]):
+        reach = layer.dilation[d] * (layer.kernel_size[d] - 1)
+        if layer.transposed:
+            size.append((n - 1) * layer.stride[d] - 2 * int(layer.padding[d]) + reach + layer.output_padding[d] + 1)
+        else:
+            padding = reach if isinstance(layer.padding, str) else 2 * layer.padding[d]
+            size.append((n + padding - reach - 1) // layer.stride[d] + 1)
+    return tuple(size)
+
+
+def by_sample(layer: LayerSpec, x: Tensor, samples: int, alone: tuple[int, ...], tokens: bool = False) -> Tensor:
+    """Bring the samples to dimension 0: windows of one sample stand together, sequence-first inputs are turned.
+
+    Args:
+        layer: the layer.
+        x: its input or output, or a gradient.
+        samples: how many there are.
+        alone: the shape of the layer's input when the model is run on a single sample.
+        tokens: whether the input are row numbers, without a dimension for channels.
+
+    Raises `MixedError` where the rows do not grow with the samples (a table of positions, one call for each sample).
+    """
+    rows = x.shape[0]
+    turned = layer.dims == 0 and len(alone) >= (2 if tokens else 3) and alone[0] > 1 and alone[1] == 1
+    if turned and x.shape[1] == samples:
+        return x.transpose(0, 1)
+    if rows == samples and (alone[0] == 1 or samples == 1):
+        return x
+    if rows % samples == 0 and (rows != alone[0] or samples == 1):
+        return x.reshape(samples, rows // samples, *x.shape[1:])
+    raise MixedError(f"{layer.name} sees {rows} rows for {samples} samples")

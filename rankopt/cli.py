@@ -56,6 +56,7 @@ def rankopt(
     rankopt bench  STUDY             measure it beside the dense model
     rankopt recover DIR --study S    fine-tune what was written
     rankopt report STUDY --out FILE  all of it as one HTML page
+    rankopt compare STUDY            every method alone at equal cost
 
     \b
     Exit status: 0 done; 1 a fault of rankopt itself, or nobody reads its

@@ -246,7 +246,7 @@ def test_back_to_the_dense_shape_while_slopes_are_1_and_refused_after(net: nn.Mo
 
 
 def test_balance_keeps_the_function(net: nn.Module) -> None:
-    """It is left alone: what passes through a PReLU is known, but chains that are not linear are none of its business."""
+    """Chains that are not linear are left alone."""
     small = moved(apply(net, PLAN))
     with torch.no_grad():
         for chain in chains(net, small, PLAN):

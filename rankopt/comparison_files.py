@@ -14,7 +14,7 @@ from rankopt.charts import title_of
 from rankopt.comparison import MIXED, Comparison, Row
 from rankopt.errors import InputError
 from rankopt.model_card import environment, plain
-from rankopt.tables import quantity as shown
+from rankopt.tables import quantity
 from rankopt.trial_table import write_rows
 from rankopt.whole_file import replacing
 
@@ -185,6 +185,11 @@ def _chart(found: Comparison, by: str, quality: str, before: str) -> Chart:
     logarithmic = ["y"] if quality == "kl" and values and min(values) > 0 and max(values) > 20 * min(values) else []
     empty = "" if series else "nothing was measured"
     return Chart(f"compare {key} {by}", head, what, title_of(quality), series, rules, logarithmic, empty=empty)
+
+
+def shown(key: str, value: float | None) -> str:
+    """A measurement as it is shown, whatever it was measured on and when."""
+    return quantity(key.removeprefix("trained_").removeprefix("test_"), value)
 
 
 def _badness(row: Row) -> tuple[float, ...]:

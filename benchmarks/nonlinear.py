@@ -1,7 +1,7 @@
 """Nonlinear factorizations beside their linear twins, at equal MACs and equal parameters, before and after recovery.
 
     python benchmarks/nonlinear.py --networks mlp digits --record studies/records/nonlinear.md
-    python benchmarks/nonlinear.py --networks resnet20 --steps 100 --levels 0.4 --record studies/records/nonlinear_cifar10.md
+    python benchmarks/nonlinear.py --networks resnet20 --steps 100 --levels 0.4 --record nonlinear_cifar10.md
 
 Each method alone is solved for every level, refitted, measured, trained towards the dense model's outputs by so many
 steps, and measured again, on validation data. At equal MACs: chains and the same with activations between the stages;

@@ -26,7 +26,7 @@ from rankopt.nn.rebuilt import Rebuilt, cheapest, multiplied
 from rankopt.plan import LayerChoice, Plan
 from rankopt.recover import recover
 from rankopt.surgery import apply
-from rankopt.testing import GEOMETRIES, DecompositionContract, Geometry, correlated_metric, prepare, some_ranks, specify
+from rankopt.testing import GEOMETRIES, DecompositionContract, correlated_metric, specify
 
 REBUILT = ("relu_svd", "relu_tucker", "relu_cp", "sin_svd")
 
@@ -34,27 +34,13 @@ REBUILT = ("relu_svd", "relu_tucker", "relu_cp", "sin_svd")
 class _Contract(DecompositionContract):
     """With a short descent: what it reaches is looked at below."""
 
+    # every other one of the usual layers, since nothing is sliced and every rank is solved anew
+    geometries = (*GEOMETRIES[::2], *GEOMETRIES[-2:])
+
     @pytest.fixture(autouse=True)
     def _short(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(rebuilt, "_ITERATIONS", 3)
         monkeypatch.setattr(rebuilt, "_SWEEPS", 3)
-
-    @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: g.name)
-    def test_costs_are_what_counters_find(self, geometry: Geometry) -> None:
-        """By torch's counter alone: thop knows no layer that makes its weight."""
-        d = self.decomposition
-        case = prepare(d, geometry)
-        if case.factors is None:
-            return
-        every = some_ranks(d, case.layer)
-        for ranks in every:
-            built = d.skeleton(case.layer, ranks, torch.float32, "cpu")
-            counted = rankopt.count(built, case.input.float())
-            assert d.params(case.layer, ranks) == counted.params
-            assert d.macs(case.layer, ranks) == counted.macs
-        stacked = {n: np.array([r[n] for r in every], dtype=np.int32) for n in every[0]}
-        for cost in (d.params, d.macs):
-            assert cost(case.layer, stacked).tolist() == [cost(case.layer, r) for r in every]
 
     def test_any_shape(self) -> None:  # type: ignore[override]
         """The same for other shapes is below."""

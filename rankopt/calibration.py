@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.batches import Batch, pieces
+from rankopt.by_sample import MixedError, given
 from rankopt.divergence import Divergence, pick
 from rankopt.errors import DataError
-from rankopt.gathering import CalibrationOptions, Gatherer, LayerStatistics, MixedError, Seen, gatherer, given
+from rankopt.gathering import CalibrationOptions, Gatherer, LayerStatistics, Seen, gatherer
 from rankopt.layer_spec import LayerSpec
 from rankopt.layers import call_model, plain_attention
 from rankopt.nest import mapped

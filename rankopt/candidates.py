@@ -62,6 +62,12 @@ class Group:
         """The name of the first layer."""
         return self.layers[0].name
 
+    @property
+    def kept(self) -> NDArray[np.float64]:
+        """(n,) the share of the group's MACs that every choice keeps; of its parameters where it takes none."""
+        macs = sum(layer.macs for layer in self.layers)
+        return self.macs / macs if macs else self.params / max(sum(layer.params for layer in self.layers), 1)
+
     def as_choices(
         self, losses: NDArray[np.float64] | None = None, costs: Mapping[str, NDArray[np.float64]] | None = None
     ) -> Choices:

@@ -80,7 +80,7 @@ def chains(dense: nn.Module, model: nn.Module, plan: Plan) -> list[Chain]:
         try:
             found[-1].weights()
         except ValueError as error:
-            raise PlanError(f"the plan says {choice}, but the model was not made by it: {error}") from None
+            raise PlanError(f"{layer.name}: the plan says {choice}, but the model {error}") from None
     return found
 
 

@@ -79,7 +79,7 @@ def layers(study: Study, as_json: Json = False) -> None:
     rankopt layers studies/digits.yaml
     rankopt layers studies/digits.yaml --json
     """
-    from rankopt.layers import find_layers
+    from rankopt.layers import apart, find_layers
     from rankopt.space_file import resolve
     from rankopt.study_file import load_study
     from rankopt.tables import compact, layer_row, layers_table, offered
@@ -87,14 +87,14 @@ def layers(study: Study, as_json: Json = False) -> None:
     file = load_study(study)
     found = find_layers(file.build_model(), *file.example())
     spaces = resolve(file.load_space(), found)
-    total = sum(layer.macs for layer in found)
+    total = sum(layer.macs for layer in apart(found))
     rows = [layer_row(layer, total, *offered(layer, spaces.get(layer.name))) for layer in found]
     if as_json:
         print_json(rows)
         return
     console = console_for()
     console.print(layers_table(rows))
-    params = sum(layer.params for layer in found)
+    params = sum(layer.params for layer in apart(found))
     left = [row for row in rows if row["left_alone"]]
     console.print(f"\n{len(rows)} layers, {compact(total)} MACs, {compact(params)} params; {len(left)} left alone")
     for row in left:

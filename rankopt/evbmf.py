@@ -59,12 +59,13 @@ def evbmf_rank(matrix: ArrayLike) -> int:
 
 
 def estimated_share(group: Group, name: str, factors: Factors) -> float:
-    """The share of a group's MACs that a method keeps at the ranks that EVBMF estimates.
+    """The share of a group's MACs (parameters where it takes none) that a method keeps at the ranks of EVBMF.
 
     Every rank that belongs to one unfolding of the weight (output channels, input channels, the matrix itself) is
     estimated from that; others are left at their bounds.
     """
     way, total = method(name), 0.0
+    quantity = "macs" if any(layer.macs for layer in group.layers) else "params"
     for layer in group.layers:
         weight = factors.weight(layer).double()
         ranks = {}
@@ -72,8 +73,8 @@ def estimated_share(group: Group, name: str, factors: Factors) -> float:
             unfolded = weight.transpose(1, 2) if rank == "rank_in" else weight
             estimates = [evbmf_rank(w.flatten(1).numpy()) for w in unfolded] if rank in _ESTIMATED else [bound]
             ranks[rank] = min(max(max(estimates), 1), bound)
-        total += float(way.macs(layer, ranks))
-    return total / max(sum(layer.macs for layer in group.layers), 1)
+        total += float(getattr(way, quantity)(layer, ranks))
+    return total / max(sum(getattr(layer, quantity) for layer in group.layers), 1)
 
 
 def _free_energy(variance: float, values: np.ndarray, rows: int, columns: int, bound: float, energy: float) -> float:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rankopt.block_samples import BlockSample, BlockSamples
+from rankopt.by_sample import batched, by_sample, given, out_size
 from rankopt.decompositions.metric import Metric
 from rankopt.divergence import pick
 from rankopt.fisher import FisherSamples, GradientSamples, by_position, weight_gradients
@@ -58,10 +59,6 @@ class LayerStatistics:
 
     metric: Metric
     fisher: GradientSamples | BlockSamples
-
-
-class MixedError(Exception):
-    """Rows of several samples that can't be told apart."""
 
 
 @dataclass
@@ -155,17 +152,17 @@ class WeightGatherer(Gatherer):
 
     def alone(self, role: str, x: Tensor) -> None:
         """Note the shape."""
-        self.shapes.append(tuple(_batched(self.layer, x).shape))
+        self.shapes.append(tuple(batched(self.layer, x).shape))
 
     def look(self, role: str, x: Tensor) -> None:
         """Add the patches of one call to the moment, at a random share of the positions."""
-        layer, x = self.layer, _batched(self.layer, x)
+        layer, x = self.layer, batched(self.layer, x)
         if not self.full:
             g, _, i, *_ = layer.group_shape
             rows = x.movedim(1, -1).reshape(-1, g, i) if layer.dims else x.reshape(-1, g, i)
             rows = rows[self._subset(len(rows))].float()
         else:
-            positions = math.prod(_out_size(layer, x)) if layer.dims else x[0].numel() // layer.in_channels
+            positions = math.prod(out_size(layer, x)) if layer.dims else x[0].numel() // layer.in_channels
             rows = patches(layer, x.float(), self._subset(positions)).flatten(0, 1)
         if len(rows):
             self.moment += torch.einsum("pgi,pgj->gij", rows, rows).to(self.moment)
@@ -188,14 +185,14 @@ class WeightGatherer(Gatherer):
 
     def keep(self, role: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
         """The input."""
-        return _batched(self.layer, given(args, kwargs)).detach().clone()
+        return batched(self.layer, given(args, kwargs)).detach().clone()
 
     def take(self, calls: list[Seen], samples: int) -> None:
         """As pairs of input and gradient, or multiplied out where that is smaller."""
         pairs = []
         for n, call in enumerate(calls):
             shape = self.shapes[min(n, len(self.shapes) - 1)] if self.shapes else tuple(call.kept.shape)
-            gradients = (_batched(self.layer, g) for g in call.gradients)
+            gradients = (batched(self.layer, g) for g in call.gradients)
             first, *others = (by_sample(self.layer, t, samples, shape) for t in (call.kept, *gradients))
             pairs.append((first, torch.stack(others)))
         for _, g in pairs:
@@ -326,50 +323,3 @@ class BlockGatherer(Gatherer):
     def finish(self) -> LayerStatistics:
         """No metric."""
         return LayerStatistics(Metric(), BlockSamples(tuple(self.samples)))
-
-
-def given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The first thing that a module is called with."""
-    found: Tensor = args[0] if args else kwargs["input"] if "input" in kwargs else tensors(dict(kwargs))[0]
-    return found
-
-
-def _batched(layer: LayerSpec, x: Tensor) -> Tensor:
-    """With a batch dimension."""
-    alone = x.dim() == (layer.dims + 1 if layer.dims else 2 if layer.groups > 1 else 1)
-    return x.unsqueeze(0) if alone else x
-
-
-def _out_size(layer: LayerSpec, x: Tensor) -> tuple[int, ...]:
-    size = []
-    for d, n in enumerate(x.shape[2:]):
-        reach = layer.dilation[d] * (layer.kernel_size[d] - 1)
-        if layer.transposed:
-            size.append((n - 1) * layer.stride[d] - 2 * int(layer.padding[d]) + reach + layer.output_padding[d] + 1)
-        else:
-            padding = reach if isinstance(layer.padding, str) else 2 * layer.padding[d]
-            size.append((n + padding - reach - 1) // layer.stride[d] + 1)
-    return tuple(size)
-
-
-def by_sample(layer: LayerSpec, x: Tensor, samples: int, alone: tuple[int, ...], tokens: bool = False) -> Tensor:
-    """Bring the samples to dimension 0: windows of one sample stand together, sequence-first inputs are turned.
-
-    Args:
-        layer: the layer.
-        x: its input or output, or a gradient.
-        samples: how many there are.
-        alone: the shape of the layer's input when the model is run on a single sample.
-        tokens: whether the input are row numbers, without a dimension for channels.
-
-    Raises `MixedError` where the rows do not grow with the samples (a table of positions, one call for each sample).
-    """
-    rows = x.shape[0]
-    turned = layer.dims == 0 and len(alone) >= (2 if tokens else 3) and alone[0] > 1 and alone[1] == 1
-    if turned and x.shape[1] == samples:
-        return x.transpose(0, 1)
-    if rows == samples and (alone[0] == 1 or samples == 1):
-        return x
-    if rows % samples == 0 and (rows != alone[0] or samples == 1):
-        return x.reshape(samples, rows // samples, *x.shape[1:])
-    raise MixedError(f"{layer.name} sees {rows} rows for {samples} samples")

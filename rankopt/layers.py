@@ -192,7 +192,7 @@ def architecture_digest(model: nn.Module, layers: list[LayerSpec] | None = None)
     digest = hashlib.sha256()
     for layer in sorted(static_layers(model) if layers is None else layers, key=lambda spec: spec.name):
         options = (layer.stride, layer.padding, layer.dilation, layer.padding_mode, layer.output_padding, layer.bias)
-        more = f" {layer.facts} {layer.tied}" if layer.facts or layer.tied else ""
+        more = f" {layer.facts}" if layer.facts else ""
         digest.update(f"{layer.name} {layer.describe()} {options}{more}\n".encode())
     for name, tensor in _state(model).items():
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())

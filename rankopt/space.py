@@ -75,7 +75,7 @@ class SearchSpace:
         self.fingerprint, self.skipped = fingerprint, dict(skipped or {})
         self.totals, self.bounds = dict(totals), dict(limits)
         self._index = [{choice: n for n, choice in enumerate(g.choices)} for g in self.groups]
-        self._keeps = [_kept(g) for g in self.groups]
+        self._keeps = [g.kept for g in self.groups]
         self.update(fixed, costs)
         self.stages = stages(self.groups)
         self.methods = sorted({c.method for g in self.groups for c in g.choices if c.method != "dense"})
@@ -303,12 +303,6 @@ class SearchSpace:
         factor = values.get(f"stage.{by_stage}", 0.0)
         factors = np.array([factor + values.get(f"method.{c.method}", 0.0) for c in group.choices])
         return losses * np.exp(factors)
-
-
-def _kept(group: Group) -> Array:
-    """The share of the group's MACs that every choice keeps; of its parameters where it takes no MACs (embeddings)."""
-    macs = sum(layer.macs for layer in group.layers)
-    return group.macs / macs if macs else group.params / max(sum(layer.params for layer in group.layers), 1)
 
 
 def _levels(costs: Array, losses: Array, at: int) -> Array:

@@ -146,6 +146,11 @@ class Case:
     input: Tensor
     factors: Any
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's."""
+        return kind_named(self.layer).bias(self.module)
+
 
 def correlated_metric(layer: LayerSpec, seed: int = 0, samples: int = 400) -> Metric:
     """Second moments of strongly correlated random patches and output gradients, as a trained layer would see them."""
@@ -254,7 +259,7 @@ class DecompositionContract:
         """Outputs and input gradients, at several ranks; gradients reach every parameter."""
         case, d = _case(self.decomposition, geometry), self.decomposition
         for ranks, weights in _solved(d, geometry):
-            built = d.build(case.layer, weights, case.module.bias)  # type: ignore[arg-type]
+            built = d.build(case.layer, weights, case.bias)
             _assert_same(built, dense_twin(case, d, weights), case.input, 1e-9)
             for name, parameter in built.named_parameters():
                 assert parameter.grad is not None, f"{ranks}: no gradient reaches {name}"
@@ -266,7 +271,7 @@ class DecompositionContract:
         case, d = _case(self.decomposition, geometry), self.decomposition
         solved = _solved(d, geometry)
         for ranks, weights in solved:
-            built = d.build(case.layer, weights, case.module.bias).float()  # type: ignore[arg-type]
+            built = d.build(case.layer, weights, case.bias).float()
             assert d.params(case.layer, ranks) == sum(p.numel() for p in built.parameters())
             by_thop, by_torch = counted_macs(built, _single(case.input))
             assert by_thop == by_torch
@@ -285,7 +290,7 @@ class DecompositionContract:
         full = d.rank_bounds(case.layer)
         weights = d.stage_weights(case.layer, case.factors, full)
         torch.testing.assert_close(d.reconstruct(case.layer, weights), case.weight, rtol=1e-6, atol=1e-6)
-        built = d.build(case.layer, weights, case.module.bias)  # type: ignore[arg-type]
+        built = d.build(case.layer, weights, case.bias)
         _assert_same(built, case.module, case.input, 1e-5)
 
     def test_ranks_and_skeleton(self, geometry: Geometry) -> None:
@@ -296,7 +301,7 @@ class DecompositionContract:
             assert tuple(d.rank_bounds(case.layer)) == d.rank_names(case.layer)
             assert d.ranks_of(case.layer, weights) == ranks
             assert [tuple(w.shape) for w in weights] == d.stage_shapes(case.layer, ranks)
-            built = d.build(case.layer, weights, case.module.bias)  # type: ignore[arg-type]
+            built = d.build(case.layer, weights, case.bias)
             blank = d.skeleton(case.layer, ranks, torch.float64, "cpu")
             state = built.state_dict()
             assert {n: t.shape for n, t in blank.state_dict().items()} == {n: t.shape for n, t in state.items()}
@@ -357,8 +362,8 @@ class DecompositionContract:
         """Stage weights and bias in another dtype give a module of that dtype."""
         case, d = _case(self.decomposition, geometry), self.decomposition
         for _, weights in _solved(d, geometry)[:2]:
-            bias = None if case.module.bias is None else case.module.bias.to(dtype)
-            built = d.build(case.layer, [w.to(dtype) for w in weights], bias)  # type: ignore[arg-type]
+            bias = None if case.bias is None else case.bias.to(dtype)
+            built = d.build(case.layer, [w.to(dtype) for w in weights], bias)
             twin = dense_twin(case, d, weights)
             out = built(case.input.to(dtype) if case.input.is_floating_point() else case.input)
             assert out.dtype == dtype
@@ -373,7 +378,7 @@ class DecompositionContract:
             form = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
             inputs["channels last"] = x.contiguous(memory_format=form)
         for _, weights in _solved(d, geometry)[1:2]:
-            built = d.build(case.layer, weights, case.module.bias)  # type: ignore[arg-type]
+            built = d.build(case.layer, weights, case.bias)
             twin = dense_twin(case, d, weights)
             for name, given_input in inputs.items():
                 try:
@@ -400,7 +405,7 @@ class DecompositionContract:
             return
         ranks = {n: data.draw(st.integers(1, b), label=n) for n, b in d.rank_bounds(case.layer).items()}
         weights = d.stage_weights(case.layer, case.factors, ranks)
-        built = d.build(case.layer, weights, case.module.bias)  # type: ignore[arg-type]
+        built = d.build(case.layer, weights, case.bias)
         _assert_same(built, dense_twin(case, d, weights), case.input, 1e-8)
         assert d.ranks_of(case.layer, weights) == ranks
         assert d.params(case.layer, ranks) == sum(p.numel() for p in built.parameters())

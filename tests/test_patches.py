@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rankopt.gathering import _out_size
+from rankopt.by_sample import out_size
 from rankopt.layer_spec import LayerSpec, group_weight
 from rankopt.patches import output_rows, patches
 from rankopt.testing import GEOMETRIES, Geometry, geometries, specify
@@ -55,7 +55,7 @@ def check(geometry: Geometry) -> None:
     some = torch.arange(expected.shape[1])[::2].flip(0)
     torch.testing.assert_close(patches(layer, x, some), patches(layer, x)[:, some], rtol=0, atol=0)
     if layer.dims:
-        assert math.prod(_out_size(layer, x)) == expected.shape[1]
+        assert math.prod(out_size(layer, x)) == expected.shape[1]
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: g.name)

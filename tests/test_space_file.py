@@ -31,7 +31,7 @@ LAYERS = find_layers(Net(), torch.zeros(1, 3, 8, 8))
 BY_NAME = {layer.name: layer for layer in LAYERS}
 
 
-@pytest.mark.parametrize("name", ["default", "full", "mlp", "mobilenet", "resnet", "vgg"])
+@pytest.mark.parametrize("name", ["default", "full", "language", "mlp", "mobilenet", "resnet", "tensorized", "vgg"])
 def test_ready_spaces_fit_any_model(name: str) -> None:
     assert name in names()
     space = load_space(name)

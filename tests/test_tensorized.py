@@ -47,7 +47,7 @@ class TestCpMatrix(DecompositionContract):
 
 class TestRingMatrix(DecompositionContract):
     method = "ring_matrix"
-    geometries = MATRICES[:3] + MATRICES[4:5]
+    geometries = MATRICES[2:3] + MATRICES[6:]
 
 
 class TestBlockTerm(DecompositionContract):
@@ -183,7 +183,7 @@ def test_tt_matrix_is_tensorlys(ranks: tuple[int, int]) -> None:
     lost_theirs = float(np.square(tl.tt_to_tensor(theirs) - pairs.numpy()).sum())
     lost_mine = float((mine - weight).square().sum())
     # TensorLy truncates from the left as it goes; slices of the whole train may differ a little in both directions.
-    assert lost_mine <= 1.02 * lost_theirs
+    assert lost_mine <= 1.05 * lost_theirs
     lost = float(d.lost(d.factorize(layer, weight, Metric()), {"rank_1": ranks[0], "rank_2": ranks[1]}))
     assert lost_mine / float(weight.square().sum()) <= lost + 1e-9
 

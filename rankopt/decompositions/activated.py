@@ -89,7 +89,7 @@ class Activated(ChainDecomposition):
         """Of the stages; raises `ValueError` where no slopes are between them."""
         modules = list(built.children())
         if len(modules) < 3 or not all(isinstance(m, Slopes) == (n % 2 == 1) for n, m in enumerate(modules)):
-            raise ValueError(f"{layer.name}: is no chain with activations")
+            raise ValueError("has no chain with activations there")
         return self.inner.weights_of(layer, ranks, nn.Sequential(*modules[::2]))
 
     def bent(self, built: nn.Module) -> str | None:

@@ -116,11 +116,11 @@ class ChainDecomposition(Decomposition):
         """Of the chain's modules, in order."""
         shapes = self.stage_shapes(layer, ranks)
         if not isinstance(built, nn.Sequential) or len(built) != len(shapes):
-            raise ValueError(f"{layer.name}: is no chain of {len(shapes)} stages")
+            raise ValueError(f"has no chain of {len(shapes)} stages there")
         try:
             return [_stage_weight(module, shape) for module, shape in zip(built, shapes, strict=True)]
         except RuntimeError:
-            raise ValueError(f"{layer.name}: has other ranks than {dict(ranks)}") from None
+            raise ValueError("has other ranks there") from None
 
     def bias_of(self, built: nn.Module) -> Tensor | None:
         """That of the last stage."""

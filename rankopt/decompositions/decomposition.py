@@ -27,6 +27,8 @@ Rank = Any
 Ranks = Mapping[str, Rank]
 Factors = Mapping[str, Tensor]
 
+MATRICES = ("linear", "embedding")  # kinds without spatial dimensions whose weight is one matrix
+
 
 class Decomposition(ABC):
     """A way to write a layer by smaller tensors. Instances hold no state.
@@ -107,7 +109,7 @@ class Decomposition(ABC):
     @abstractmethod
     def weights_of(self, layer: LayerSpec, ranks: Mapping[str, int], built: nn.Module) -> list[Tensor]:
         """The tensors out of a built module: views of its parameters, with gradients. Raises `ValueError` where it was
-        not built by this method at these ranks."""
+        not built by this method at these ranks: what the model has instead, as "has other ranks there"."""
 
     def bias_of(self, built: nn.Module) -> Tensor | None:
         """The bias out of a built module."""
@@ -167,7 +169,9 @@ class Decomposition(ABC):
 
 
 def one_channel(layer: LayerSpec) -> str | None:
-    """Why a method that splits channels does not fit, where a group has a single one."""
+    """Why a method that splits channels does not fit: a group has a single one, or the weight is no matrix."""
+    if layer.dims == 0 and layer.kind not in MATRICES:
+        return f"a layer of kind {layer.kind} is more than one matrix"
     _, o, i, *_ = layer.group_shape
     if o == 1 or i == 1:
         side = "input" if i == 1 else "output"

@@ -276,10 +276,10 @@ class FunctionOfProduct(Decomposition):
         """The factors."""
         shapes = self.stage_shapes(layer, ranks)
         if not isinstance(built, Rebuilt) or built.function != self.function:
-            raise ValueError(f"{layer.name}: is no layer that rebuilds its weight by {self.function}")
+            raise ValueError(f"has no layer there that rebuilds its weight by {self.function}")
         factors = list(built.factors)
         if [tuple(f.shape) for f in factors] != shapes:
-            raise ValueError(f"{layer.name}: has other ranks than {dict(ranks)}")
+            raise ValueError("has other ranks there")
         return factors
 
     def build(self, layer: LayerSpec, weights: Sequence[Tensor], bias: Tensor | None) -> nn.Module:

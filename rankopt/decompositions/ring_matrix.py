@@ -34,6 +34,7 @@ class RingMatrix(TensorizedDecomposition):
     """A ring whose tensors each hold one mode of the input and one of the output."""
 
     name = "ring_matrix"
+    split = 3  # of two tensors, a ring is a train
     sliceable = False
     exact = False
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rankopt.decompositions.decomposition import Decomposition, Ranks, wide
+from rankopt.decompositions.decomposition import MATRICES, Decomposition, Ranks, wide
 from rankopt.decompositions.metric import Metric
 from rankopt.errors import LayerError
 from rankopt.layer_spec import LayerSpec
@@ -71,7 +71,7 @@ class TensorizedDecomposition(Decomposition):
 
     def why_not(self, layer: LayerSpec) -> str | None:
         """Fits linear layers and embeddings that are not too small."""
-        if layer.dims or layer.groups > 1:
+        if layer.kind not in MATRICES:
             return "only the matrix of a linear layer or an embedding is turned into a tensor"
         if self.rebuilt and layer.kind == "embedding":
             return "rows of an embedding are looked up; its dense weight is never needed"
@@ -170,9 +170,9 @@ class TensorizedDecomposition(Decomposition):
     def weights_of(self, layer: LayerSpec, ranks: Mapping[str, int], built: nn.Module) -> list[Tensor]:
         """The module's parameters."""
         if not isinstance(built, Contracted | ContractedEmbedding):
-            raise ValueError(f"{layer.name}: is no tensor network")
+            raise ValueError("has no tensor network there")
         if [tuple(t.shape) for t in built.tensors] != self.stage_shapes(layer, ranks):
-            raise ValueError(f"{layer.name}: has other ranks than {dict(ranks)}")
+            raise ValueError("has other ranks there")
         return list(built.tensors)
 
     def reconstruct(self, layer: LayerSpec, weights: Sequence[Tensor]) -> Tensor:
@@ -261,7 +261,7 @@ def descended(
         most: steps.
     """
     steps = int(min(most, _BUDGET / max(cost, 1)))
-    own = [t.detach().double().clone().requires_grad_() for t in tensors]
+    own = [t.detach().double().clone(memory_format=torch.contiguous_format).requires_grad_() for t in tensors]
     before = float(error([t.double() for t in tensors]))
     if steps < 2 or not math.isfinite(before) or before <= 0:
         return list(tensors)
@@ -274,7 +274,7 @@ def descended(
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     found = [o.detach().to(t.dtype) for o, t in zip(own, tensors, strict=True)]
     finite = all(bool(torch.isfinite(t).all()) for t in found)
     return found if finite and float(error([t.double() for t in found])) < before else list(tensors)

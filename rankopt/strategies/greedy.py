@@ -68,6 +68,6 @@ class Greedy(Strategy):
     def _steps(self, number: int) -> list[int]:
         group = self.space.groups[number]
         own = [n for n, choice in enumerate(group.choices) if choice.method == self.method and choice != DENSE]
-        keeps = group.macs / max(sum(la.macs for la in group.layers), 1)
+        keeps = group.kept
         nearest = [min(own, key=lambda n: abs(keeps[n] - k)) for k in np.linspace(0.1, 0.9, _STEPS)] if own else []
         return list(dict.fromkeys(nearest))

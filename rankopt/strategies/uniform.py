@@ -83,8 +83,7 @@ class Energy(OneRule):
 
 
 def _own(group: Group, method: str) -> tuple[list[int], Array]:
-    keeps = group.macs / max(sum(la.macs for la in group.layers), 1)
-    return [n for n, choice in enumerate(group.choices) if choice.method == method], keeps
+    return [n for n, choice in enumerate(group.choices) if choice.method == method], group.kept
 
 
 def _dearest(group: Group, method: str, share: float) -> int:

@@ -2,10 +2,12 @@
 
     python benchmarks/factorized.py --keep 50 25 --record studies/records/factorized.md
     python benchmarks/factorized.py --keep 25 --epochs 10 --record studies/records/factorized_trained.md
+    python benchmarks/factorized.py --data digits --epochs 40 --seeds 3 --record studies/records/factorized_digits.md
 
 Random weights, SGD with momentum, on as many threads as are given. Each net runs in a process of its own, whose largest
-resident set beyond that before the first step is its memory (on a GPU: the largest allocation). With --epochs ResNet-20
-is trained on CIFAR-10 from the beginning, dense and factorized, with weight decay on the factors and on the product.
+resident set beyond that before the first step is its memory (on a GPU: the largest allocation). With --epochs a net is
+trained from the beginning, dense and factorized, with weight decay on the factors and on the product: ResNet-20 on
+CIFAR-10, or with --data digits the study's small net on handwritten digits.
 """
 
 from __future__ import annotations
@@ -16,12 +18,14 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "studies")]
 
+import digits
 import psutil
 import torch
 import torch.nn.functional as F
@@ -63,6 +67,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--epochs", type=float, default=0.0)
+    parser.add_argument("--data", choices=["cifar10", "digits"], default="cifar10", help="what --epochs trains on")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each net, which are averaged")
     parser.add_argument("--lr", type=float, default=0.1)
     parser.add_argument("--work", type=Path, help="checkpoints of the training")
     parser.add_argument("--record", type=Path)
@@ -74,8 +80,9 @@ def main() -> None:
         print(json.dumps(child(network, float(keep), args.rounds)))
         return
     if args.epochs:
+        what = {"cifar10": "ResNet-20 on CIFAR-10", "digits": "A small net on handwritten digits"}[args.data]
         write_record(
-            [*headed("ResNet-20 trained from the beginning, dense and factorized"), *trained(args)], args.record
+            [*headed(f"{what}, trained from the beginning, dense and factorized"), *trained(args)], args.record
         )
         return
     lines = [
@@ -136,31 +143,70 @@ def child(network: str, keep: float, rounds: int) -> dict[str, float]:
     return {"ms": 1000 * statistics.median(times), "mib": mib, "kept": kept}
 
 
+class Shifted:
+    """Batches of all digits in a new order in every pass, shifted by up to one pixel."""
+
+    def __init__(self, x: Tensor, y: Tensor, batch: int = 50) -> None:
+        self.x, self.y, self.batch = x, y, batch
+
+    def __len__(self) -> int:
+        return len(self.y) // self.batch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in torch.randperm(len(self.y)).split(self.batch):
+            dx, dy = (int(n) for n in torch.randint(-1, 2, (2,)))
+            yield torch.roll(self.x[index], (dx, dy), (2, 3)), self.y[index]
+
+
+def task(name: str) -> tuple[Callable[[], nn.Module], Any, tuple[Tensor, Tensor], int]:
+    """What makes the untrained net, training data, test data, and batches an epoch."""
+    if name == "digits":
+        splits = digits.data()
+        loader = Shifted(*splits["train"])
+        return digits.SmallNet, loader, splits["test"], len(loader)
+    return lambda: ResNet(3), data()["train"](), images("test"), EPOCH
+
+
 def trained(args: argparse.Namespace) -> list[str]:
     """Accuracy of nets trained from the beginning."""
-    steps = round(args.epochs * EPOCH)
-    loader, test = data()["train"](), images("test")
-    lines = [f"{steps} steps of 128 images ({args.epochs:g} epochs), lr {args.lr:g}, seed 0.", ""]
-    lines += ["| net | MACs kept | seconds | test accuracy |", "|---|---|---|---|"]
-    torch.manual_seed(0)
-    dense = ResNet(3)
+    make, loader, test, epoch = task(args.data)
+    steps = round(args.epochs * epoch)
+    lines = [f"{steps} steps ({args.epochs:g} epochs), lr {args.lr:g}, the first layer dense; {args.seeds} seeds.", ""]
+    lines += ["| net | MACs kept | params kept | seconds | test accuracy | of each seed |", "|---|---|---|---|---|---|"]
     options: dict[str, Any] = {"steps": steps, "lr": args.lr, "distill": 0.0, "ema": 0.99, "weight_decay": 5e-4}
     for keep in (100.0, *args.keep):
         for decay in ("factors", "product") if keep < 100 else ("factors",):
-            net, plan = (
-                (dense, None) if keep >= 100 else factorized(dense, test[0][:1], keep=keep / 100, dense=["conv1"])
-            )
+            found = [one_training(args, make, loader, test, keep, decay, seed, options) for seed in range(args.seeds)]
             name = "dense" if keep >= 100 else f"factorized, decay on {decay}"
-            folder = args.work / f"{keep:g}-{decay}" if args.work else None
-            found = recover(net, dense, loader, plan=plan, decay_on=decay, checkpoints=folder, progress=told, **options)
-            with torch.no_grad():
-                hits = [
-                    (found.model(x).argmax(1) == y).float().mean()
-                    for x, y in zip(*(t.split(500) for t in test), strict=True)
-                ]
-            kept = count(found.model, test[0][:1]).macs / count(dense, test[0][:1]).macs
-            lines.append(f"| {name} | {kept:.3f} | {found.seconds:.0f} | {100 * float(torch.stack(hits).mean()):.2f} |")
+            macs, params, seconds, accuracy = (statistics.mean(v[n] for v in found) for n in range(4))
+            each = ", ".join(f"{v[3]:.2f}" for v in found)
+            lines.append(f"| {name} | {macs:.3f} | {params:.3f} | {seconds:.0f} | {accuracy:.2f} | {each} |")
     return lines
+
+
+def one_training(
+    args: argparse.Namespace,
+    make: Callable[[], nn.Module],
+    loader: Any,
+    test: tuple[Tensor, Tensor],
+    keep: float,
+    decay: str,
+    seed: int,
+    options: dict[str, Any],
+) -> tuple[float, float, float, float]:
+    """(MACs kept, parameters kept, seconds, test accuracy in percent) of one net."""
+    torch.manual_seed(seed)
+    dense, example = make(), test[0][:1]
+    net, plan = (dense, None) if keep >= 100 else factorized(dense, example, keep=keep / 100, dense=["conv1"])
+    folder = args.work / f"{args.data}-{keep:g}-{decay}-{seed}" if args.work else None
+    found = recover(
+        net, dense, loader, plan=plan, decay_on=decay, checkpoints=folder, progress=told, seed=seed, **options
+    )
+    with torch.no_grad():
+        pairs = zip(*(t.split(500) for t in test), strict=True)
+        hits = torch.cat([(found.model(x).argmax(1) == y).float() for x, y in pairs])
+    whole, small = count(dense, example), count(found.model, example)
+    return small.macs / whole.macs, small.params / whole.params, found.seconds, 100 * float(hits.mean())
 
 
 def told(progress: Any) -> None:

@@ -1,4 +1,4 @@
-"""ResNet-20 and ResNet-56 on CIFAR-10, compressed and fine-tuned: the records of recovery.
+"""ResNet-20 and ResNet-56 on CIFAR-10, and the net for digits, compressed and fine-tuned: the records of recovery.
 
     python benchmarks/recovery.py macs --network resnet20 --keep 30 --epochs 30
     python benchmarks/recovery.py latency --network resnet20 --keep 50 --epochs 30
@@ -9,7 +9,7 @@ macs: a plan of at most so many percent of the MACs, recovered. latency: of dens
 beside dense. halving: successive halving against giving every finalist the whole training. stages: search and recover
 in stages against one shot, at the same number of steps. Plans are searched and models trained on training images alone;
 the 10,000 test images are seen when what is handed over is measured. Everything is kept in --work, so the same command
-goes on after a stop. ``--set lr=0.1`` changes an option of the recovery.
+goes on after a stop. ``--set lr=0.1`` changes an option of the recovery, ``--network digits`` takes minutes.
 """
 
 from __future__ import annotations
@@ -38,18 +38,27 @@ from rankopt.recovering import Recovery, recover_study
 from rankopt.recovery_options import RecoveryOptions
 from rankopt.result import Progress
 from rankopt.search import Search
-from rankopt.study_file import CallSpec, StudyFile, load_study
+from rankopt.study_file import ModelSpec, StudyFile, load_study
 from rankopt.yaml_file import parse
 
-EPOCH = 48_000 // 128  # all training images but the 2,000 of the validation split
+# steps of 128 images an epoch: all training images but the 2,000 of the validation split; the digits' training images
+EPOCHS = {"resnet20": 48_000 // 128, "resnet56": 48_000 // 128, "digits": 1_000 // 128 + 1}
+NAMES = {"resnet20": "ResNet-20 on CIFAR-10", "resnet56": "ResNet-56 on CIFAR-10", "digits": "Handwritten digits"}
 # from trained weights; what is learned is mostly the dense model's outputs on shifted images
-OPTIONS = {"lr": 0.05, "distill": 0.7, "temperature": 4.0, "weight_decay": 5e-4, "ema": 0.995, "checkpoint": 100}
+OPTIONS: dict[str, Any] = {
+    "lr": 0.05,
+    "distill": 0.7,
+    "temperature": 4.0,
+    "weight_decay": 5e-4,
+    "ema": 0.995,
+    "checkpoint": 100,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=["macs", "latency", "halving", "stages"], nargs="?", default="macs")
-    parser.add_argument("--network", choices=["resnet20", "resnet56"], default="resnet20")
+    parser.add_argument("--network", choices=list(EPOCHS), default="resnet20")
     parser.add_argument(
         "--keep", type=float, default=30.0, help="MACs (latency: of ONNX Runtime) kept at most, percent"
     )
@@ -64,7 +73,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "studies" / "runs" / "recovery", help="to go on later")
     parser.add_argument("--record", type=Path, help="write the output here too")
     args = parser.parse_args()
-    steps = args.steps or round(args.epochs * EPOCH)
+    epoch = EPOCHS[args.network]
+    steps = args.steps or round(args.epochs * epoch)
     file = study(args, steps)
     work = args.work / f"{args.kind}-{args.network}-{args.keep:g}-{steps}-seed{args.seed}"
     limit = parse_limit(f"{'latency' if args.kind == 'latency' else 'macs'}<={args.keep:g}%")
@@ -73,7 +83,7 @@ def main() -> None:
     run = {"macs": one_shot, "latency": one_shot, "halving": halving, "stages": stages}[args.kind]
     title, lines = run(args, file, steps, work)
     seconds = spent(work, time.perf_counter() - start)
-    settings = f"{args.trials} trials, {steps} steps of 128 images ({steps / EPOCH:.1f} epochs), seed {args.seed}, "
+    settings = f"{args.trials} trials, {steps} steps of 128 images ({steps / epoch:.1f} epochs), seed {args.seed}, "
     settings += f"{seconds:.0f} s wall-clock in all, {args.threads} threads, on {device()}; recovery: "
     changed = {k: v for k, v in file.recovery.model_dump().items() if v != RecoveryOptions.model_fields[k].default}
     settings += ", ".join(f"{k} {v}" for k, v in changed.items() if k != "feature_layers") + "."
@@ -82,16 +92,17 @@ def main() -> None:
 
 
 def study(args: argparse.Namespace, steps: int) -> StudyFile:
-    """The study of ResNet-20, with another network, options and targets."""
-    file = load_study(ROOT / "studies" / "cifar10_resnet20.yaml")
-    own = dict(OPTIONS)
+    """The study of a network, with other options and targets."""
+    small = args.network == "digits"
+    file = load_study(ROOT / "studies" / ("digits.yaml" if small else "cifar10_resnet20.yaml"))
+    own: dict[str, Any] = {} if small else dict(OPTIONS)
     for text in args.set:
         key, _, value = text.partition("=")
         own[key] = yaml.safe_load(value)
     recovery = parse(RecoveryOptions, {"bn": "auto", "final_steps": steps, **own}, "--set ")
     changes: dict[str, Any] = {
         "name": f"{args.network}-{args.kind}",
-        "model": CallSpec(call=f"cifar10.py:{args.network}"),
+        "model": file.model if small else ModelSpec(call=f"cifar10.py:{args.network}"),
         "recovery": recovery,
         "trials": args.trials,
         "seed": args.seed,
@@ -115,7 +126,7 @@ def one_shot(args: argparse.Namespace, file: StudyFile, steps: int, work: Path) 
         lines += ["", "Measured afterwards beside dense in ONNX Runtime, batch 1, one thread:", ""]
         lines += [f"- {key}: {value}" for key, value in row.items() if not isinstance(value, dict | list)]
     lines += ["", f"Layers per method: {counted(work / 'model')}."]
-    return f"{named(args)}: at most {args.keep:g} % of the {what}, fine-tuned", lines
+    return f"{NAMES[args.network]}: at most {args.keep:g} % of the {what}, fine-tuned", lines
 
 
 def halving(args: argparse.Namespace, file: StudyFile, steps: int, work: Path) -> tuple[str, list[str]]:
@@ -140,7 +151,7 @@ def halving(args: argparse.Namespace, file: StudyFile, steps: int, work: Path) -
         for finalist, by_steps in done.measured.items():
             values = ", ".join(f"{n}: {v['kl']:.4f}" for n, v in by_steps.items())
             table.append(f"- {finalist} ({by_steps[0]['macs_kept']:.3f} of the MACs): {values}")
-    return f"{named(args)}: successive halving against the whole training for all", [*lines, *table]
+    return f"{NAMES[args.network]}: successive halving against the whole training for all", [*lines, *table]
 
 
 def stages(args: argparse.Namespace, file: StudyFile, steps: int, work: Path) -> tuple[str, list[str]]:
@@ -149,7 +160,7 @@ def stages(args: argparse.Namespace, file: StudyFile, steps: int, work: Path) ->
         place = work / f"stages-{count}"
         found = compress(file, place / "model", stages=count, folder=place, steps=steps, force=True, progress=told)
         lines += rows(f"{count} stage{'s' if count > 1 else ''}: ", found)
-    return f"{named(args)}: in stages against one shot, at most {args.keep:g} % of the MACs", lines
+    return f"{NAMES[args.network]}: in stages against one shot, at most {args.keep:g} % of the MACs", lines
 
 
 HEAD = "| | MACs kept | params kept | validation kl | validation accuracy | test accuracy | change |"
@@ -170,10 +181,6 @@ def row(name: str, costs: dict[str, float], values: dict[str, dict[str, float]],
         f"| {name} | {costs['macs_kept']:.3f} | {costs['params_kept']:.3f} | {validation['kl']:.4f} "
         f"| {validation['accuracy']:.2f} | {test:.2f} | {test - dense:+.2f} |"
     )
-
-
-def named(args: argparse.Namespace) -> str:
-    return f"{args.network.replace('resnet', 'ResNet-')} on CIFAR-10"
 
 
 def counted(directory: Path) -> str:

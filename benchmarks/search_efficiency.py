@@ -281,6 +281,7 @@ def scale(runs: Runs) -> None:
     sys.path.append(str(ROOT / "tests"))
     from test_space import group
 
+    from rankopt.loop import Loop
     from rankopt.space import SearchSpace
     from rankopt.strategies.strategy import Setting
 
@@ -303,7 +304,7 @@ def scale(runs: Runs) -> None:
             opened = ledger.open_study(ledger.open_storage(url), "s", ("kl", "macs"), {}, dense, [])
             times: list[float] = []
             setting = Setting(space, ("kl", "macs"), [], dense, 1050, 0)
-            loop = study.Loop(opened, setting, "mixed")
+            loop = Loop(opened, setting, "mixed")
             while loop.done < 1050:
                 start = time.perf_counter()
                 asked = loop.ask()

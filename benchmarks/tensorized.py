@@ -1,6 +1,6 @@
 """One layer of the story model replaced at a time: methods for a matrix at equal parameters, with and without the data.
 
-    python benchmarks/tensorized.py > studies/records/tensorized.txt
+    python benchmarks/tensorized.py
 
 For every layer, method and share of its parameters: the MACs it then takes, the loss that is predicted, and the loss
 that is measured on texts that calibration has not seen. Texts are those of studies/stories.py.

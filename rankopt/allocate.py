@@ -6,7 +6,6 @@ One binary variable a candidate; one candidate a group of layers; one row a limi
 from __future__ import annotations
 
 import ctypes
-import itertools
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from scipy.sparse import csr_array
 from rankopt.errors import InfeasibleError
 
 Array = NDArray[np.float64]
+_NEVER = 1e300  # costs and losses that no plan has; infinite ones would give NaN
 _STARTS = 6  # plans of the frontier below a limit that are filled up, for an upper bound
 
 
@@ -123,39 +123,53 @@ class Frontier:
 
 def frontier(groups: Sequence[Choices], quantity: str) -> Frontier:
     """All plans on the convex hull of a quantity and the loss, without other limits, in one sweep."""
-    steps: list[tuple[float, int, int, float, float]] = []  # slope, group, candidate, more cost, less loss
-    start = np.zeros(len(groups), dtype=np.intp)
-    cost = loss = 0.0
-    for n, group in enumerate(groups):
-        hull = _hull(group.costs[quantity], group.losses)
-        start[n] = hull[0]
-        cost, loss = cost + float(group.costs[quantity][hull[0]]), loss + float(group.losses[hull[0]])
-        for a, b in itertools.pairwise(hull):
-            more = float(group.costs[quantity][b] - group.costs[quantity][a])
-            less = float(group.losses[a] - group.losses[b])
-            steps.append((less / more, n, int(b), more, less))
-    steps.sort(key=lambda step: -step[0])
-    costs = cost + np.cumsum([0.0, *(s[3] for s in steps)])
-    losses = loss - np.cumsum([0.0, *(s[4] for s in steps)])
-    moved = np.array([-1, *(s[1] for s in steps)], dtype=np.intp)
-    return Frontier(costs, losses, moved, np.array([-1, *(s[2] for s in steps)], dtype=np.intp), start)
+    table = _Table.of(groups)
+    cost, loss = table.costs[quantity], table.losses
+    # along the lower left hull of every group at once: from where it stands to where the loss falls most for its cost
+    cheapest = np.where(cost == cost.min(axis=1, keepdims=True), loss, np.inf)
+    start = at = cheapest.argmin(axis=1)
+    rows = np.arange(len(groups))
+    steps: list[tuple[Array, NDArray[np.intp], NDArray[np.intp], Array, Array]] = []
+    while True:
+        more, less = cost - cost[rows, at][:, None], loss[rows, at][:, None] - loss
+        steeper = (more > 0) & (less > 0)
+        slope = np.where(steeper, less / np.where(steeper, more, 1.0), -np.inf)
+        best = slope.max(axis=1)
+        moving = np.flatnonzero(best > 0)
+        if not len(moving):
+            break
+        # of candidates on one line the farthest, so that a step is never cut in two
+        to = np.where(slope >= best[:, None] * (1 - 1e-12), cost, -np.inf).argmax(axis=1)
+        steps.append((best[moving], moving, to[moving], more[moving, to[moving]], less[moving, to[moving]]))
+        at = np.where(best > 0, to, at)
+    slopes, moved, to, more, less = (np.concatenate([s[k] for s in steps]) if steps else np.zeros(0) for k in range(5))
+    order = np.argsort(-slopes, kind="stable")
+    costs = float(cost[rows, start].sum()) + np.cumsum(np.append(0.0, more[order]))
+    losses = float(loss[rows, start].sum()) - np.cumsum(np.append(0.0, less[order]))
+    first = np.array([-1], dtype=np.intp)
+    moved, to = (np.append(first, v[order].astype(np.intp)) for v in (moved, to))
+    return Frontier(costs, losses, moved, to, start)
 
 
-def _hull(costs: Array, losses: Array) -> list[int]:
-    """Candidates on the lower left convex hull, from the cheapest to the one of least loss."""
-    kept: list[int] = []
-    for i in np.lexsort((losses, costs)):
-        if kept and losses[i] >= losses[kept[-1]]:
-            continue
-        if kept and costs[i] <= costs[kept[-1]]:
-            continue
-        while len(kept) > 1:
-            a, b = kept[-2], kept[-1]
-            if (losses[a] - losses[b]) * (costs[i] - costs[b]) > (losses[b] - losses[i]) * (costs[b] - costs[a]):
-                break
-            kept.pop()
-        kept.append(int(i))
-    return kept
+@dataclass(frozen=True)
+class _Table:
+    """All groups at once, (groups, most candidates); beyond a group's own candidates both are `_NEVER`."""
+
+    losses: Array
+    costs: Mapping[str, Array]
+
+    @classmethod
+    def of(cls, groups: Sequence[Choices]) -> _Table:
+        sizes = np.array([len(g.losses) for g in groups])
+        own = np.arange(sizes.max(initial=0))[None, :] < sizes[:, None]
+
+        def filled(values: Sequence[Array]) -> Array:
+            whole = np.full(own.shape, _NEVER)
+            whole[own] = np.concatenate(values)
+            return whole
+
+        costs = {q: filled([g.costs[q] for g in groups]) for q in groups[0].costs}
+        return cls(filled([g.losses for g in groups]), costs)
 
 
 def _narrowed(
@@ -171,6 +185,7 @@ def _narrowed(
     kept = [np.arange(len(g.losses)) for g in groups]
     best, upper = None, np.inf
     reduced: list[tuple[float, list[Array]]] = []
+    table = _Table.of(groups)
     for q, limit in limits.items():
         line = frontier(groups, q)
         at = int(np.searchsorted(line.costs, limit * (1 + 1e-12) + 1e-9, side="right")) - 1
@@ -183,7 +198,7 @@ def _narrowed(
         lower = float(sum(p.min() for p in priced)) - price * limit
         reduced.append((lower, [p - p.min() for p in priced]))
         for back in range(min(_STARTS, at + 1)):
-            picks = _filled(groups, line.picks(at - back), limits)
+            picks = _filled(table, line.picks(at - back), limits)
             if picks is not None and _keeps(groups, picks, limits):
                 loss = float(sum(g.losses[p] for g, p in zip(groups, picks, strict=True)))
                 if loss < upper:
@@ -198,22 +213,22 @@ def _narrowed(
     return kept, None
 
 
-def _filled(groups: Sequence[Choices], picks: tuple[int, ...], limits: Mapping[str, float]) -> tuple[int, ...] | None:
-    """The same plan with each group in turn at its best candidate that the limits still leave room for."""
-    found = list(picks)
-    room = {
-        q: limit - sum(float(g.costs[q][p]) for g, p in zip(groups, found, strict=True)) for q, limit in limits.items()
-    }
+def _filled(table: _Table, picks: Sequence[int], limits: Mapping[str, float]) -> tuple[int, ...] | None:
+    """The same plan, improved again and again by the single change within the limits that lowers the loss most."""
+    found, rows = np.array(picks, dtype=np.intp), np.arange(len(picks))
+    room = {q: limit - float(table.costs[q][rows, found].sum()) for q, limit in limits.items()}
     if any(left < 0 for left in room.values()):
         return None
-    for n, group in enumerate(groups):
-        fits = np.all([group.costs[q] - group.costs[q][found[n]] <= left for q, left in room.items()], axis=0)
-        better = np.flatnonzero(fits & (group.losses < group.losses[found[n]]))
-        if len(better):
-            choice = int(better[np.argmin(group.losses[better])])
-            room = {q: left - float(group.costs[q][choice] - group.costs[q][found[n]]) for q, left in room.items()}
-            found[n] = choice
-    return tuple(found)
+    while True:
+        gain = table.losses[rows, found][:, None] - table.losses
+        for q, left in room.items():
+            gain = np.where(table.costs[q] - table.costs[q][rows, found][:, None] <= left, gain, 0.0)
+        group, choice = np.unravel_index(int(gain.argmax()), gain.shape)
+        if gain[group, choice] <= 0:
+            return tuple(int(i) for i in found)
+        for q in room:
+            room[q] -= float(table.costs[q][group, choice] - table.costs[q][group, found[group]])
+        found[group] = choice
 
 
 def _keeps(groups: Sequence[Choices], picks: Sequence[int], limits: Mapping[str, float]) -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import nn
 
-from rankopt.dense_source import check_source, dense_model, recorded_source
+from rankopt.dense_source import PASS, check_source, dense_model, recorded_source
 from rankopt.errors import ArtifactError, PlanError
 from rankopt.exporting import write_exports
 from rankopt.fresh_inputs import described
@@ -170,7 +170,7 @@ def recorded(directory: Path) -> Callable[[], nn.Module]:
     """
     source = read_json(Manifest.read(directory).check(directory, ENVIRONMENT)).get("source")
     if source is None:
-        raise ArtifactError(f"{directory}: records no source of the dense model; pass model= (a module or a callable)")
+        raise ArtifactError(f"{directory}: records no source of the dense model; {PASS}")
     return recorded_source(source, str(directory / ENVIRONMENT))
 
 

@@ -8,7 +8,7 @@ its weight while it is factorized and its candidates are judged.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -28,7 +28,7 @@ from rankopt.kinds import kind_named
 from rankopt.layer_spec import LayerSpec, inside
 from rankopt.plan import DENSE, LayerChoice, Plan
 from rankopt.prediction import predict
-from rankopt.rank_split import split
+from rankopt.rank_split import every_count, split
 from rankopt.space_file import LayerSpace
 from rankopt.spool import Spool
 
@@ -105,6 +105,7 @@ def candidates(
     gradient: bool = False,
     max_bytes: int | None = None,
     progress: Callable[[str], None] = lambda text: None,
+    further: Mapping[str, Collection[LayerChoice]] | None = None,
 ) -> tuple[list[Group], Factors]:
     """Candidates of every layer that has any, and the factor cache that builds them.
 
@@ -121,6 +122,7 @@ def candidates(
         max_bytes: memory for what is gathered and kept here (None: `default_memory`): half of it for the statistics
             of a chunk, a quarter for metrics and a quarter for factors; what does not fit waits on disk.
         progress: called with a line of text now and then.
+        further: layer name → choices that are candidates too, where the space offers their method and they pay.
     """
     max_bytes = default_memory(model) if max_bytes is None else max_bytes
     groups = _grouped(outermost(_open(layers, spaces), spaces), tied)
@@ -139,7 +141,9 @@ def candidates(
                 statistics.put(layer.name, metric if gradient else metric.without_gradient())
                 factors.keep(layer, gathered[layer.name].fisher)
             progress(f"factorizing {group[0].name}")
-            found.append(_group(group, spaces[group[0].name], factors, [gathered.pop(la.name) for la in group]))
+            more = [choice for layer in group for choice in (further or {}).get(layer.name, ())]
+            own = [gathered.pop(layer.name) for layer in group]
+            found.append(_group(group, spaces[group[0].name], factors, own, more))
     return [g for g in found if any(choice != DENSE for choice in g.choices)], factors
 
 
@@ -267,7 +271,11 @@ def _need(layer: LayerSpec, options: CalibrationOptions) -> int:
 
 
 def _group(
-    layers: tuple[LayerSpec, ...], space: LayerSpace, factors: Factors, statistics: Sequence[LayerStatistics]
+    layers: tuple[LayerSpec, ...],
+    space: LayerSpace,
+    factors: Factors,
+    statistics: Sequence[LayerStatistics],
+    further: Sequence[LayerChoice],
 ) -> Group:
     """All candidates of layers that choose together; losses add over the layers."""
     first, refused = layers[0], dict[str, str]()
@@ -284,11 +292,15 @@ def _group(
             continue
         full = [factors.full(layer, name) for layer in layers]
         keeps = space.keeps if way.sliceable or space.solved_keeps is None else space.solved_keeps
-        for quantity in [q for q in way.saves if getattr(first, q)] or ["params"]:
-            for ranks in split(way, first, full, keeps, space.rank_multiple, quantity).values():
-                choice = LayerChoice(name, ranks)
-                if choice not in choices and _pays(first, choice) and _within(first, choice, space.cap):
-                    choices.append(choice)
+        offered = [
+            LayerChoice(name, ranks)
+            for quantity in [q for q in way.saves if getattr(first, q)] or ["params"]
+            for count in every_count(way, first)
+            for ranks in split(way, first, full, keeps, space.rank_multiple, quantity, count).values()
+        ]
+        for choice in [*offered, *(c for c in further if c.method == name)]:
+            if choice not in choices and _pays(first, choice) and _within(first, choice, space.cap):
+                choices.append(choice)
     changes, kept = predict(layers, choices, factors, statistics, refused)
     return Group(layers, tuple(kept), changes, *_costs(layers, kept), refused, _energy(layers, kept, factors))
 

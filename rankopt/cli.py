@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from rankopt import cli_compare, cli_recovery, cli_show, saved_verbs
+from rankopt import cli_compare, cli_recovery, cli_show, cli_status, saved_verbs
 from rankopt.cli_options import (
     Exports,
     Force,
@@ -21,7 +22,8 @@ from rankopt.cli_options import (
     Storage,
     Study,
     Targets,
-    limits_of,
+    asked,
+    repeated,
     storage_of,
     targets_of,
 )
@@ -51,6 +53,7 @@ def rankopt(
     \b
     rankopt layers STUDY             what can be decomposed, and what not and why
     rankopt search STUDY             search for the best plans (again: go on)
+    rankopt status STUDY             how far that is
     rankopt front  STUDY             the plans that no other one beats
     rankopt export STUDY --out DIR   write the best one within the limits
     rankopt bench  STUDY             measure it beside the dense model
@@ -115,6 +118,16 @@ def search(
     seed: Annotated[int | None, typer.Option(min=0, metavar="S", help="Replaces the seed of the study.")] = None,
     strategy: Annotated[str | None, typer.Option(metavar="NAME", help="How plans are chosen.")] = None,
     sampler: Annotated[str | None, typer.Option(metavar="NAME", help="Optuna's sampler.")] = None,
+    start: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PLAN", help="Measure this plan first: its file, a saved model, or STUDY.yaml:TRIAL."),
+    ] = None,
+    time_limit: Annotated[
+        str | None, typer.Option(metavar="TIME", help="End after so much time of trials in all, e.g. 90s, 20m or 2h.")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="End after N trials by which the front did not grow.")
+    ] = None,
     force: Force = False,
     exports: Exports = None,
     target: Targets = None,
@@ -134,12 +147,14 @@ def search(
     rankopt search studies/digits.yaml --out compressed --export onnx --json
     rankopt search studies/digits.yaml --target torch --limit 'latency<=0.6x'
     rankopt search studies/digits.yaml --strategy correct --sampler nsga2
+    rankopt search studies/digits.yaml --start plan.yaml --start other.yaml:12
     """
-    from rankopt.study_file import load_study
     from rankopt.tables import front_row, front_table
 
-    file, limits, targets = load_study(study), limits_of(limit), targets_of(target)
-    file = file.choosing(strategy, sampler)
+    given = asked(study, limit, storage, target)
+    limits, targets, url = given.limits, given.targets, given.storage
+    file = given.file.choosing(strategy, sampler).ending(time_limit, patience).starting_with(start)
+    file.starting_plans("--start: " if start else None)  # refused before anything is prepared
     if exports and out is None:
         raise InputError("--export: needs --out DIR, where the files are written")
     check_exports(exports)
@@ -148,9 +163,13 @@ def search(
     with watched(file, tensorboard, mlflow, log, quiet) as progress:
         from rankopt.search import Search  # last: what can be refused at once needs no torch
 
-        url = storage_of(storage)
         run = Search.from_study(file, limits=limits, trials=trials, storage=url, seed=seed, targets=targets)
-        result = run.run(progress=progress)
+        try:
+            result = run.run(progress=progress)
+        except KeyboardInterrupt:
+            if not quiet:
+                print("rankopt: interrupted; what was measured is kept, the same command goes on", file=sys.stderr)
+            raise
         best = result.best(limits)
         saved, dense_test = save(run, best, out, force, exports) if out is not None else ({}, None)
     rows = [front_row(entry) for entry in result.front]
@@ -169,7 +188,8 @@ def search(
         console.print(note, soft_wrap=True)
     if out is None:
         name = f"trial {best.trial}" if best.plan.changed() else "the dense model, nothing within the limits beats it"
-        console.print(f"\nbest: {name}; write it with: rankopt export {study} --out DIR", soft_wrap=True)
+        again = shlex.join(["rankopt", "export", str(study), *repeated(storage, target, limit)])
+        console.print(f"\nbest: {name}; write it with: {again} --out DIR", soft_wrap=True)
     else:
         print_saved(console, best, out, saved, dense_test)
 
@@ -184,13 +204,9 @@ def front(
     rankopt front studies/digits.yaml
     rankopt front studies/digits.yaml --limit 'macs<=40%' --json
     """
-    from rankopt.ledger import read_result
-    from rankopt.study_file import load_study
     from rankopt.tables import front_row, front_table
 
-    file, limits = load_study(study), limits_of(limit)
-    name = file.study_on(targets_of(target))
-    result = read_result(storage_of(storage) or file.storage_url, name, limits=limits or file.limits)
+    result = asked(study, limit, storage, target).result()
     rows = [front_row(entry) for entry in result.front]
     if as_json:
         print_json(rows)
@@ -255,7 +271,7 @@ def bench(
 
 app.command()(saved_verbs.verify)
 app.command()(saved_verbs.diff)
-for verb in (cli_show.report, cli_show.plot, cli_show.trials):
+for verb in (cli_status.status, cli_show.report, cli_show.plot, cli_show.trials):
     app.command()(verb)
 app.command()(cli_compare.compare)
 app.command()(cli_recovery.recover)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +11,8 @@ import typer
 
 if TYPE_CHECKING:
     from rankopt.limits import Limit
+    from rankopt.result import Result
+    from rankopt.study_file import StudyFile
     from rankopt.targets.target import Target
 
 Study = Annotated[Path, typer.Argument(metavar="STUDY", help="The study, a YAML file.")]
@@ -39,6 +43,59 @@ Shape = Annotated[
     str | None,
     typer.Option("--input", metavar="SHAPE", help="E.g. 1x3x32x32 or 1x16:int64, in place of the study's."),
 ]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A study, and what the command line says in place of what the file says.
+
+    Attributes:
+        file: the study.
+        limits, targets, storage: None where the file's own count; `storage` is a URL.
+    """
+
+    file: StudyFile
+    limits: list[Limit] | None = None
+    targets: list[Target] | None = None
+    storage: str | None = None
+
+    @property
+    def url(self) -> str:
+        """Where the trials are."""
+        return self.storage or self.file.storage_url
+
+    @property
+    def name(self) -> str:
+        """The study's name in its storage."""
+        return self.file.study_on(self.targets)
+
+    @property
+    def within(self) -> Sequence[Limit]:
+        """The limits that count."""
+        return self.limits or self.file.limits
+
+    def result(self) -> Result:
+        """What was measured; raises `InputError` when nothing was searched yet."""
+        from rankopt.ledger import read_result
+
+        return read_result(self.url, self.name, limits=self.within)
+
+
+def asked(
+    study: Path, limit: list[str] | None = None, storage: str | None = None, target: list[str] | None = None
+) -> Asked:
+    """Read the study file and these options; raises `RankoptError`, one line, for the first that is wrong."""
+    from rankopt.study_file import load_study
+
+    return Asked(load_study(study), limits_of(limit), targets_of(target), storage_of(storage))
+
+
+def repeated(storage: str | None, target: list[str] | None, limit: list[str] | None = None) -> list[str]:
+    """These options once more, for a command that is proposed."""
+    found = ["--storage", storage] if storage else []
+    for option, texts in (("--target", target), ("--limit", limit)):
+        found += [part for text in texts or [] for part in (option, text)]
+    return found
 
 
 def limits_of(texts: list[str] | None) -> list[Limit] | None:

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from rankopt.cli_options import Force, Json, Limits, Out, Storage, Study, asked
 from rankopt.errors import InputError
 from rankopt.handover import check_free, console_for, print_json
 
-if TYPE_CHECKING:
-    from rankopt.limits import Limit
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Out = Annotated[Path, typer.Option(metavar="DIR", help="Where the recovered model is written.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace a saved model in DIR.")]
-Limits = Annotated[
-    list[str] | None, typer.Option("--limit", metavar="LIMIT", help="E.g. 'macs<=50%'; replaces those of the study.")
-]
 Steps = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Optimizer steps; else recovery.final_steps of the study.")
-]
-Storage = Annotated[
-    str | None, typer.Option(metavar="URL", help="Where the study's trials are kept, if not where it says.")
 ]
 
 
@@ -56,36 +45,28 @@ def recover(
     rankopt recover compressed --study studies/digits.yaml --out recovered
     rankopt recover studies/digits.yaml --finalists 9 --steps 3000 --out recovered
     """
-    from rankopt.limits import parse_limit
     from rankopt.progress import shown
-    from rankopt.study_file import load_study
 
-    limits: list[Limit] | None = [parse_limit(text) for text in limit] if limit else None
     check_free(out, force)
     saved = model.is_dir()
-    if saved and (finalists > 1 or limits or storage):
+    if saved and (finalists > 1 or limit or storage):
         raise InputError(f"{model}: is a saved model; --finalists, --limit and --storage belong to a study")
     if saved and study is None:
         raise InputError(f"{model}: a saved model records no data; give --study STUDY")
     if not saved and study is not None:
         raise InputError(f"--study: belongs to a saved model's folder, and {model} is none")
-    file = load_study(model if study is None else study)
+    given = asked(model if study is None else study, limit, storage)
     if saved and not (model / "plan.json").is_file():
         raise InputError(f"{model}: holds no saved model; give one that rankopt wrote, or a study")
-    url = _storage(storage) or file.storage_url
-    result = None
-    if not saved:
-        from rankopt.ledger import read_result
-
-        result = read_result(url, file.name, limits=limits or file.limits)
+    result = None if saved else given.result()
     from rankopt.recovering import Recovery, recover_saved, recover_study
 
     with shown(console_for(stderr=True)) as progress:
-        recovery = Recovery(file, steps, storage=url, progress=progress)
+        recovery = Recovery(given.file, steps, storage=given.url, progress=progress)
         if result is None:
             found = recover_saved(recovery, model, out, checkpoints, force)
         else:
-            found, halving = recover_study(recovery, result, out, finalists, limits, eta, checkpoints, force)
+            found, halving = recover_study(recovery, result, out, finalists, given.limits, eta, checkpoints, force)
             found["halving"] = {
                 "steps": halving.steps,
                 "steps_of_all": halving.all_steps,
@@ -97,7 +78,7 @@ def recover(
 
 
 def compress(
-    study: Annotated[Path, typer.Argument(metavar="STUDY", help="The study, a YAML file.")],
+    study: Study,
     out: Out,
     stages: Annotated[int, typer.Option(min=1, metavar="K", help="Search and recover K times, cutting deeper.")] = 1,
     steps: Annotated[
@@ -119,19 +100,16 @@ def compress(
     rankopt compress studies/digits.yaml --out small
     rankopt compress studies/digits.yaml --stages 2 --limit 'macs<=25%' --out m
     """
-    from rankopt.limits import parse_limit
     from rankopt.progress import shown
-    from rankopt.study_file import load_study
 
-    limits = [parse_limit(text) for text in limit] if limit else None
     check_free(out, force)
-    file = load_study(study)
+    given = asked(study, limit)
     from rankopt.iterated import compress as run
 
     with shown(console_for(stderr=True)) as progress:
         found = run(
-            file, out, stages=stages, steps=steps, limits=limits, trials=trials, seed=seed, folder=folder, force=force,
-            progress=progress,
+            given.file, out, stages=stages, steps=steps, limits=given.limits, trials=trials, seed=seed, folder=folder,
+            force=force, progress=progress,
         )  # fmt: skip
     _print(found, out, as_json)
 
@@ -171,9 +149,3 @@ def _print(found: dict[str, Any], out: Path, as_json: bool) -> None:
         if split in found["before"]:
             columns["before"] = found["before"][split]
         console.print(measured_table({**columns, "after": found["after"][split]}))
-
-
-def _storage(text: str | None) -> str | None:
-    from rankopt.study_file import storage_url
-
-    return storage_url(text, Path()) if text else None

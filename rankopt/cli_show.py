@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from rankopt.cli_options import Json, Limits, Quiet, Storage, Study, Targets, limits_of, storage_of, targets_of
+from rankopt.cli_options import Asked, Json, Limits, Quiet, Storage, Study, Targets, asked, repeated
 from rankopt.errors import InputError, RankoptError
 from rankopt.handover import chosen, console_for, print_json
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from rankopt.chart import Chart
     from rankopt.history import History
     from rankopt.layer_costs import LayerCosts
-    from rankopt.study_file import StudyFile
-    from rankopt.targets.target import Target
 
 NoModel = Annotated[
     bool, typer.Option("--no-model", help="Don't build the study's model: layers are shown without their costs.")
@@ -40,22 +38,17 @@ def report(
     rankopt report studies/digits.yaml --out report.html
     rankopt report studies/digits.yaml --out report.html --no-model
     """
-    from rankopt.study_file import load_study
-
     _check_ending(out, ("html", "htm"), "a report")
-    file, targets = load_study(study), targets_of(target)
-    history = _history(file, limit, storage, targets)
+    given = asked(study, limit, storage, target)
+    history = _history(given)
     from rankopt.report import Subject, write_report
 
     notes: list[str] = []
-    costs = None if no_model else _costs(file, history, targets, notes)
+    costs = None if no_model else _costs(given, history, notes)
     if no_model:
         notes.append("The model was not built (--no-model), so layers are shown without their costs.")
-    options = [
-        *(["--storage", storage] if storage else []),
-        *(part for text in target or [] for part in ("--target", text)),
-    ]
-    subject = Subject(str(study), file.name, file.description, costs, notes, options)
+    options = repeated(storage, target)
+    subject = Subject(str(study), given.file.name, given.file.description, costs, notes, options)
     write_report(history, subject, out)
     if not quiet:
         for note in notes:
@@ -87,13 +80,11 @@ def plot(
     rankopt plot layers studies/digits.yaml --trial 4 --out layers.png
     """
     from rankopt import plots
-    from rankopt.study_file import load_study
 
     _check_ending(out, plots.FORMATS, "a plot")
     _check_options(kind, {"--cost": cost, "--quality": quality, "--trial": trial})
-    file, targets = load_study(study), targets_of(target)
-    history = _history(file, limit, storage, targets)
-    plots.draw(_charts(kind, file, history, targets, cost, quality, trial), out, width)
+    given = asked(study, limit, storage, target)
+    plots.draw(_charts(kind, given, _history(given), cost, quality, trial), out, width)
     if not quiet:
         print(f"wrote {out}")
 
@@ -116,11 +107,10 @@ def trials(
     rankopt trials studies/digits.yaml --out trials.csv
     """
     from rankopt import trial_table
-    from rankopt.study_file import load_study
 
     if out is not None:
         _check_ending(out, trial_table.FORMATS, "a table")
-    history = _history(load_study(study), limit, storage, targets_of(target))
+    history = _history(asked(study, limit, storage, target))
     rows = trial_table.trial_rows(history)
     if out is not None:
         trial_table.write_rows(rows, out)
@@ -132,19 +122,18 @@ def trials(
         console_for().print(trial_table.trials_table(history))
 
 
-def _history(file: StudyFile, limit: list[str] | None, storage: str | None, targets: list[Target] | None) -> History:
-    limits = limits_of(limit)
+def _history(given: Asked) -> History:
     from rankopt.history import read_history
 
-    return read_history(storage_of(storage) or file.storage_url, file.study_on(targets), limits or file.limits)
+    return read_history(given.url, given.name, given.within)
 
 
-def _costs(file: StudyFile, history: History, targets: list[Target] | None, notes: list[str]) -> LayerCosts | None:
+def _costs(given: Asked, history: History, notes: list[str]) -> LayerCosts | None:
     """What layers cost; None, with a note, where the model can't be had."""
     from rankopt.layer_costs import layer_costs
 
     try:
-        costs = layer_costs(file, targets, history.facts)
+        costs = layer_costs(given.file, given.targets, history.facts)
     except RankoptError as error:
         notes.append(f"Layers are shown without their costs: {error.message}")
         return None
@@ -153,13 +142,7 @@ def _costs(file: StudyFile, history: History, targets: list[Target] | None, note
 
 
 def _charts(
-    kind: Kind,
-    file: StudyFile,
-    history: History,
-    targets: list[Target] | None,
-    cost: str | None,
-    quality: str | None,
-    trial: int | None,
+    kind: Kind, given: Asked, history: History, cost: str | None, quality: str | None, trial: int | None
 ) -> list[Chart]:
     from rankopt import charts
 
@@ -176,10 +159,10 @@ def _charts(
         return [charts.importances(history, what) for what in history.importances or ("the front",)]
     from rankopt.layer_costs import layer_costs
 
-    costs = layer_costs(file, targets, history.facts)
+    costs = layer_costs(given.file, given.targets, history.facts)
     quantities = ["params", "macs", *(f"latency@{label}" for label in costs.times), "rank"]
     wanted = quantities if cost is None else [charts.pick(quantities, cost, "--cost")]
-    entry = chosen(result, trial, result.limits, file.name)
+    entry = chosen(result, trial, result.limits, given.file.name)
     return [charts.layers(costs, entry, quantity) for quantity in wanted]
 
 

@@ -11,16 +11,16 @@ from typing import Any
 
 from torch import nn
 
-from rankopt.errors import ArtifactError
+from rankopt.errors import ArtifactError, RankoptError
 
 _ADDRESS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
-_PASS = "pass model= (a module, or a callable that makes one)"
+PASS = "pass model= (a module, or a callable that makes one; at the command line --study or --model)"
 
 
 def check_source(source: Any, where: str = "source") -> str:
     """Return ``package.module:Name`` as it is; raise `ArtifactError` for anything else, above all a file's path."""
     if not isinstance(source, str) or not _ADDRESS.fullmatch(source):
-        raise ArtifactError(f"{where}: needs package.module:Name, got {str(source)[:80]!r}; {_PASS} when loading")
+        raise ArtifactError(f"{where}: needs package.module:Name, got {str(source)[:80]!r}; {PASS} when loading")
     return source
 
 
@@ -41,10 +41,12 @@ def dense_model(model: nn.Module | Callable[[], nn.Module] | str, where: str) ->
         raise ArtifactError(f"{where}: model must be a module or a callable that makes one, got {type(make).__name__}")
     try:
         made = make()
+    except RankoptError:  # says by itself what is wrong
+        raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ArtifactError(
-            f"{where}: {_name(make)} did not make the dense model: {type(error).__name__}: {reason}; {_PASS}"
+            f"{where}: {_name(make)} did not make the dense model: {type(error).__name__}: {reason}; {PASS}"
         ) from error
     if not isinstance(made, nn.Module):
         raise ArtifactError(f"{where}: {_name(make)} must make a torch.nn.Module, got {type(made).__name__}")
@@ -61,7 +63,7 @@ def recorded_source(source: Any, where: str) -> Callable[[], nn.Module]:
     kind = found if inspect.isclass(found) else _returned(found) if inspect.isfunction(found) else None
     if not (inspect.isclass(kind) and issubclass(kind, nn.Module)):
         raise ArtifactError(
-            f"{where}: {source} is neither an nn.Module class nor a function annotated to return one; {_PASS}"
+            f"{where}: {source} is neither an nn.Module class nor a function annotated to return one; {PASS}"
         )
     return found
 
@@ -73,7 +75,7 @@ def _imported(address: str, where: str) -> Any:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ArtifactError(
-            f"{where}: {address} can't be imported: {type(error).__name__}: {reason}; {_PASS}"
+            f"{where}: {address} can't be imported: {type(error).__name__}: {reason}; {PASS}"
         ) from error
 
 

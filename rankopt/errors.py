@@ -11,7 +11,8 @@
     │   ├── StudyMismatchError     a study opened again with something else than it was begun with
     │   ├── ConditionsError        times measured under different conditions would be mixed
     │   ├── DataError              batches, labels or outputs of the wrong form
-    │   └── ArtifactError          a directory that does not hold what it should
+    │   ├── ArtifactError          a directory that does not hold what it should
+    │   └── KilledError            a process of its own that measured something was killed; it may be tried again
     ├── InfeasibleError            no plan meets the limits; says what is reachable
     ├── RefusedDecomposition       this layer at this rank: the result would be bad (not an input error of the user's)
     ├── TrainingError              a fine-tuning that does not stay finite
@@ -68,6 +69,10 @@ class ArtifactError(InputError):
     """A saved model directory that is incomplete, damaged or not what it says."""
 
 
+class KilledError(InputError):
+    """A process that measured something was killed, by the system for its memory or by somebody."""
+
+
 class InfeasibleError(RankoptError):
     """No plan meets the limits; `reachable` maps each limited quantity to the smallest value a plan can have."""
 
@@ -86,3 +91,8 @@ class TrainingError(RankoptError):
 
 class UncountedOperationError(RankoptError):
     """An operation with arithmetic in it that no counter knows."""
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return error.message if isinstance(error, RankoptError) else " ".join(f"{type(error).__name__}: {error}".split())

@@ -28,6 +28,7 @@ from rankopt.refit import Refit
 from rankopt.surgery import apply
 
 _PIECE = 128  # samples that a model is run on at once
+_KEPT = 2**22  # numbers of the dense model's outputs on other data than the validation's that are remembered
 _LOST = 2.0  # nats beyond which a plan is judged again in float32
 
 Metric = Callable[[nn.Module, Sequence[Batch]], float]
@@ -96,7 +97,7 @@ class Evaluator:
         # A user's own metric sees batches as they came; else pieces whose activations fit the processor's caches.
         pieces = self.validation if callable(metric) else [p for b in self.validation for p in cut(b, _PIECE)]
         self._pieces, self._fast_pieces = pieces, fast.batches(pieces)
-        self._dense_outputs: dict[int, list[Tensor]] = {}
+        self._dense_outputs: dict[int, tuple[Sequence[Batch], list[Tensor]]] = {}
         self.dense = {"macs": float(cost.macs), "params": float(cost.params), **self.quality(model)}
         if devices:
             self.use(devices)
@@ -243,17 +244,16 @@ class Evaluator:
         return {str(li): li.violation(measured, self.dense) for li in limits if li.key in measured}
 
     def _dense(self, batches: Sequence[Batch]) -> list[Tensor]:
-        key = id(batches) if batches is not self._pieces else 0
-        if key == 0 and 0 in self._dense_outputs:
-            return self._dense_outputs[0]
+        if id(batches) in self._dense_outputs:
+            return self._dense_outputs[id(batches)][1]
         with inference(self.model):
             outputs = [pick(call_model(self.model, b.args, b.kwargs, "validation data")).clone() for b in batches]
         if any(not torch.isfinite(o).all() for o in outputs):
             raise DataError(
                 "validation: the dense model's output holds NaN or infinity; check its weights and the data"
             )
-        if key == 0:
-            self._dense_outputs[0] = outputs
+        if batches is self._pieces or sum(o.numel() for o in outputs) <= _KEPT:
+            self._dense_outputs[id(batches)] = batches, outputs  # held together, so that no other batches get the id
         return outputs
 
 

@@ -1,7 +1,8 @@
 """`Gatherer`: what calibration keeps of one layer while data run through the model; one class a form of statistics.
 
 `WeightGatherer` for layers that multiply inputs with a weight, `TokenGatherer` for embeddings, `BlockGatherer` for
-layers that are more than that. `gatherer` picks by the layer's kind.
+layers that are more than that, `MomentGatherer` for those of them that begin with a product. `gatherer` picks by the
+layer's kind.
 """
 
 from __future__ import annotations
@@ -130,8 +131,9 @@ class Gatherer(ABC):
 def gatherer(layer: LayerSpec, options: CalibrationOptions, samples: int) -> Gatherer:
     """The one that fits the layer's kind."""
     kind = kind_named(layer)
-    form = BlockGatherer if not kind.linear else TokenGatherer if kind.tokens else WeightGatherer
-    return form(layer, options, samples)
+    if not kind.linear:
+        return MomentGatherer(layer, options, samples) if kind.moments else BlockGatherer(layer, options, samples)
+    return (TokenGatherer if kind.tokens else WeightGatherer)(layer, options, samples)
 
 
 class WeightGatherer(Gatherer):
@@ -323,3 +325,22 @@ class BlockGatherer(Gatherer):
     def finish(self) -> LayerStatistics:
         """No metric."""
         return LayerStatistics(Metric(), BlockSamples(tuple(self.samples)))
+
+
+class MomentGatherer(BlockGatherer):
+    """Calls, and the second moment of what each group is given."""
+
+    def __init__(self, layer: LayerSpec, options: CalibrationOptions, samples: int) -> None:
+        super().__init__(layer, options, samples)
+        g, _, i, *_ = layer.group_shape
+        self.moment, self.rows = torch.zeros(g, i, i, dtype=torch.float64), 0
+
+    def look(self, role: str, x: Tensor) -> None:
+        """Add to the moments."""
+        rows = x.reshape(-1, *self.moment.shape[:2]).transpose(0, 1).float()
+        self.moment += (rows.mT @ rows).to(self.moment)
+        self.rows += rows.shape[1]
+
+    def finish(self) -> LayerStatistics:
+        """Means of the sums, and the calls."""
+        return LayerStatistics(Metric(patch=self.moment / max(self.rows, 1)), super().finish().fisher)

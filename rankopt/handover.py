@@ -212,15 +212,22 @@ def times_on(run: Any, targets: Sequence[Target]) -> Any:
 
 def print_difference(found: Any) -> None:
     """The layers that differ, what else differs, and how much is the same."""
+    from rankopt.tables import quantity
+
     console = console_for()
     for name, (a, b) in found.layers.items():
         console.print(f"{name}: {a} → {b}", soft_wrap=True)
     for name, (a, b) in found.measurements.items():
         if a != b and not isinstance(a, dict):
-            console.print(f"{name}: {a} → {b}", soft_wrap=True)
+            console.print(f"{name}: {quantity(name, a)} → {quantity(name, b)}", soft_wrap=True)
     if found.model:
         console.print(found.model, soft_wrap=True)
-    console.print(f"{len(found.layers)} layers differ, {found.same} are the same", soft_wrap=True)
+    count = len(found.layers)
+    console.print(
+        f"{count} layer{' differs' if count == 1 else 's differ'}, {found.same} {'is' if found.same == 1 else 'are'}"
+        " the same",
+        soft_wrap=True,
+    )
 
 
 def compared_in(directory: Path, study: StudyFile | None, shape: str | None) -> Compared:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -17,11 +17,11 @@ import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
-from rankopt.ledger import CONFIRMED, FACTS, NOTES, PLAN, REASON, VALUES, read_study, result_of
+from rankopt.ledger import CONFIRMED, ENVIRONMENT, FACTS, NOTES, PLAN, REASON, VALUES, read_study, result_of
 from rankopt.limits import Limit
 from rankopt.plan import Plan
-from rankopt.result import MAXIMIZED, Entry, Result
-from rankopt.worth import volume
+from rankopt.result import MAXIMIZED, Result
+from rankopt.worth import Grown
 
 FRONT = "the front"
 FEWEST = 8  # finished trials below which importances are chance
@@ -52,6 +52,7 @@ class Trial:
         notes: facts needed to build the plan again, and the seconds it took.
         begun: when.
         seconds: from asking to telling.
+        environment: the seed, and the machine and versions that it was measured with.
     """
 
     number: int
@@ -66,6 +67,7 @@ class Trial:
     notes: Mapping[str, float] = field(default_factory=dict)
     begun: datetime | None = None
     seconds: float | None = None
+    environment: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,25 +95,13 @@ class History:
         Both only grow. The last of the first kind is what a search shows while it runs; where no plan keeps the limits
         that is the last of the second kind.
         """
-        found, kept, all_of_them = [], _Grown(self.result), _Grown(self.result)
+        found, kept, all_of_them = [], Grown(self.result), Grown(self.result)
         for entry in sorted((e for e in self.result.entries if e.trial >= 0), key=lambda e: e.trial):
             if entry.feasible:
                 kept.add(entry)
             all_of_them.add(entry)
             found.append((entry.trial, kept.volume, all_of_them.volume))
         return found
-
-
-class _Grown:
-    """The front of a growing number of plans, and its hypervolume."""
-
-    def __init__(self, result: Result) -> None:
-        self._result, self._front, self.volume = result, list[Entry](), 0.0
-
-    def add(self, entry: Entry) -> None:
-        grown = replace(self._result, entries=[*self._front, replace(entry, feasible=True)])
-        self._front = grown.front
-        self.volume = max(self.volume, volume(replace(grown, entries=self._front)))
 
 
 def read_history(url: str, name: str, limits: Sequence[Limit] | None = None) -> History:
@@ -156,6 +146,7 @@ def _trial(frozen: FrozenTrial, result: Result, again: Mapping[str, Any]) -> Tri
         attributes.get(NOTES) or {},
         frozen.datetime_start,
         None if frozen.duration is None else frozen.duration.total_seconds(),
+        attributes.get(ENVIRONMENT) or {},
     )
 
 
@@ -164,6 +155,8 @@ def _importances(study: optuna.Study, result: Result) -> dict[str, dict[str, flo
     done = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.params and t.values]
     if len(done) < FEWEST:
         return {}
+    told = optuna.create_study(directions=study.directions)  # without plans that no parameters can tell
+    told.add_trials(done)
     evaluator = PedAnovaImportanceEvaluator(target_quantile=min(0.5, max(0.1, _GOOD / len(done))))
     found = {}
     for number, name in [(None, FRONT), *enumerate(result.objectives)]:
@@ -173,7 +166,7 @@ def _importances(study: optuna.Study, result: Result) -> dict[str, dict[str, flo
             continue  # nothing to tell good from bad by
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it repeats that low is taken for good, and that some trials are few
-            shares = get_param_importances(study, evaluator=evaluator, target=target)
+            shares = get_param_importances(told, evaluator=evaluator, target=target)
         if len(set(shares.values())) > 1:
             found[name] = dict(shares)
     return found

@@ -1,81 +1,46 @@
 """The ledger of a study: what its Optuna storage holds, and how it is opened, checked and read.
 
-Every trial's plan, measurements, violations and notes are in its user attributes; what the study was begun with is in
-the study's. One process writes to a study at a time.
+Every trial's plan, measurements, violations, notes, versions and worker are in its user attributes; what the study was
+begun with is in the study's.
 """
 
 from __future__ import annotations
 
 import json
-import sqlite3
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from rankopt.errors import InputError, StudyMismatchError
+from rankopt.interrupts import uninterrupted
 from rankopt.limits import Limit, parse_limit
 from rankopt.measurement import same_conditions
 from rankopt.plan import Plan
 from rankopt.result import MAXIMIZED, Entry, Result
 from rankopt.space import SearchSpace
+from rankopt.storages import alone, file_of, open_storage, shown
 
-FACTS, DENSE, LIMITS, CONDITIONS, CONFIRMED, SAID = (
-    f"rankopt:{name}" for name in ("begun_with", "dense", "limits", "conditions", "confirmed", "said")
+FACTS, DENSE, LIMITS, CONDITIONS, CONFIRMED, SAID, WANTED = (
+    f"rankopt:{name}" for name in ("begun_with", "dense", "limits", "conditions", "confirmed", "said", "wanted")
 )
 QUALITY = ("kl", "accuracy", "accuracy_se")
 PLAN, VALUES, EXCESS, NOTES, REASON = "plan", "measurements", "violations", "notes", "reason"
 PROPOSAL = "proposal"  # how a plan came about: strategy, and the sampler's numbers
 PLAN_DIGEST = "inherited plan"  # of a plan of another study that could not be measured here
+INTERRUPTED = "interrupted"  # the reason of trials whose process ended before they did
+ENVIRONMENT = "environment"  # seed, machine and versions
+KILLED = "killed"  # the digest of the plan of a trial whose process was killed
 
 _MOST_LAYERS = 64
-
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
-def open_storage(url: str | None) -> BaseStorage:
-    """An Optuna storage: None (memory), ``sqlite:///file.db`` or any SQL URL, ``journal:///file.log``.
-
-    Folders are made. Raises `InputError`, one line, when it can't be opened.
-    """
-    if url is None:
-        return InMemoryStorage()
-    if "://" not in url:
-        url = f"journal:///{url}" if url.endswith((".log", ".journal")) else f"sqlite:///{url}"
-    scheme, _, rest = url.partition("://")
-    if scheme in ("sqlite", "journal"):
-        path = Path(rest.removeprefix("/") if scheme == "sqlite" or rest.startswith("//") else rest)
-        path = Path(rest[1:]) if rest.startswith("/") else path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"storage {url}: {path.parent} can't be made: {error.strerror}") from None
-    try:
-        if scheme == "journal":
-            return JournalStorage(JournalFileBackend(str(path)))
-        return RDBStorage(url, {"connect_args": {"factory": _Connection}} if scheme == "sqlite" else None)
-    except Exception as error:
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"storage {url}: can't be opened: {text}") from None
-
-
-class _Connection(sqlite3.Connection):
-    """Waits for the disk now and then instead of twenty times a trial; what is committed survives a killed process."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        with suppress(sqlite3.OperationalError):  # opened for reading only
-            self.execute("PRAGMA journal_mode=WAL")
-            self.execute("PRAGMA synchronous=NORMAL")
 
 
 def open_study(
@@ -104,9 +69,12 @@ def open_study(
     """
     facts = {"objectives": ", ".join(objectives), **facts}
     directions = [StudyDirection.MAXIMIZE if o in MAXIMIZED else StudyDirection.MINIMIZE for o in objectives]
-    with writable(name):
+    with writable(name), written(), alone(storage, name):
         if name not in optuna.study.get_all_study_names(storage):
             study = optuna.create_study(storage=storage, study_name=name, directions=directions)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # names of objectives are experimental
+                study.set_metric_names(list(objectives))
             study.set_user_attr(FACTS, dict(facts))
             study.set_user_attr(CONDITIONS, {k: dict(v) for k, v in (conditions or {}).items()})
             study.set_user_attr(DENSE, dict(dense))
@@ -123,19 +91,53 @@ def open_study(
     return study
 
 
-def begin(study: optuna.Study, space: SearchSpace, plan: Plan, proposal: Mapping[str, Any]) -> optuna.Trial:
-    """Write down a new running trial with its plan, in one transaction.
+def begin(
+    study: optuna.Study, space: SearchSpace, plan: Plan, proposal: Mapping[str, Any], besides: Mapping[str, Any]
+) -> optuna.Trial:
+    """Write down a new running trial with its plan (and other attributes), in one transaction.
 
     Its parameters are the layers' methods and shares of their MACs, so that the dashboard and the importances of
     Optuna show them; above `_MOST_LAYERS` layers they stand in its attributes alone.
     """
     params, distributions = layer_parameters(space, plan)
-    attributes = {PLAN: plan.to_dict(), PROPOSAL: dict(proposal), "predicted_kl": space.predicted(plan)}
+    attributes = {PLAN: plan.to_dict(), PROPOSAL: dict(proposal), "predicted_kl": space.predicted(plan), **besides}
     template = optuna.trial.create_trial(
         state=TrialState.RUNNING, params=params, distributions=distributions, user_attrs=attributes
     )
-    number = study._storage.create_new_trial(study._study_id, template_trial=template)
+    with written():
+        number = study._storage.create_new_trial(study._study_id, template_trial=template)
     return optuna.Trial(study, number)
+
+
+def finish(
+    study: optuna.Study,
+    trial: int,
+    state: TrialState,
+    attributes: Mapping[str, Any],
+    constraints: Mapping[str, float] | None = None,
+    values: Sequence[float] | None = None,
+) -> None:
+    """Write down all that became of a running trial (by its id in the storage), its state last.
+
+    So a process that is killed meanwhile leaves a running trial, never a finished one that lacks something. Raises
+    Optuna's `UpdateFinishedTrialError` when the trial was ended by someone else.
+    """
+    storage = study._storage
+    with written():
+        for key, value in attributes.items():
+            storage.set_trial_user_attr(trial, key, value)
+        if constraints:
+            running = optuna.Trial(study, trial)
+            for limit, by in constraints.items():
+                running.set_constraint(limit, by)
+            # optuna-dashboard 0.21 reads constraints as Optuna 4 kept them
+            storage.set_trial_system_attr(trial, "constraints", list(constraints.values()))
+        storage.set_trial_state_values(trial, state, values)
+
+
+def counts(trial: FrozenTrial) -> bool:
+    """Whether it is one of the trials that a study is to have: finished, and not interrupted."""
+    return trial.state.is_finished() and trial.user_attrs.get(REASON) != INTERRUPTED
 
 
 def layer_parameters(space: SearchSpace, plan: Plan) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
@@ -166,6 +168,16 @@ def writable(name: str) -> Iterator[None]:
         raise InputError(f"study {name}: its storage can't be written: {str(cause).splitlines()[0]}") from error
 
 
+@contextmanager
+def written() -> Iterator[None]:
+    """Write all of it even if Ctrl-C comes; and a journal file that can't be written is as a database that can't."""
+    try:
+        with uninterrupted():
+            yield
+    except OSError as error:
+        raise StorageInternalError(error.strerror or str(error)) from error
+
+
 def result_of(study: optuna.Study, limits: Sequence[Limit] | None = None) -> Result:
     """What the study holds, judged by these limits (its own when None)."""
     wanted = [parse_limit(t) for t in study.user_attrs.get(LIMITS, [])] if limits is None else list(limits)
@@ -184,13 +196,19 @@ def known_entries(study: optuna.Study, limits: Sequence[Limit]) -> list[Entry]:
 
 def confirm(study: optuna.Study, plan: Plan, values: Mapping[str, float]) -> None:
     """Record that a plan was measured again."""
-    with writable(study.study_name):
+    with writable(study.study_name), written(), alone(study._storage, study.study_name):
         study.set_user_attr(CONFIRMED, {**study.user_attrs.get(CONFIRMED, {}), plan.digest: dict(values)})
+
+
+def want(study: optuna.Study, trials: int, time_limit: float | None, patience: int | None) -> None:
+    """Record how far the study is to go, for those who watch it."""
+    with writable(study.study_name), written():
+        study.set_user_attr(WANTED, {"trials": trials, "time_limit": time_limit, "patience": patience})
 
 
 def say(study: optuna.Study, notes: Sequence[str]) -> None:
     """Record what the user should know of the measurements."""
-    with writable(study.study_name):
+    with writable(study.study_name), written():
         study.set_user_attr(SAID, list(notes))
 
 
@@ -209,6 +227,15 @@ class Judged:
     plan: Plan
     quality: Mapping[str, float]
     numbers: Mapping[str, float | str]
+
+
+def proposed(storage: BaseStorage, name: str, by: str) -> list[Plan]:
+    """The plans of a study, if there is one of that name, that were proposed by this."""
+    if name not in optuna.study.get_all_study_names(storage):
+        return []
+    trials = optuna.load_study(study_name=name, storage=storage).get_trials(deepcopy=False)
+    own = [t for t in trials if t.user_attrs.get(PROPOSAL, {}).get("by") == by]
+    return [Plan.from_dict(t.user_attrs[PLAN], f"trial {t.number}") for t in own]
 
 
 def judged(storage: BaseStorage, facts: Mapping[str, str], besides: str) -> list[Judged]:
@@ -243,13 +270,13 @@ def read_result(url: str, name: str, limits: Sequence[Limit] | None = None) -> R
 
 def read_study(url: str, name: str) -> optuna.Study:
     """A study that is only read; raises `InputError` when there is none of that name."""
-    path = Path(url.removeprefix("sqlite:///"))
-    if url.startswith("sqlite:///") and not path.is_file():
+    path = file_of(url)
+    if path is not None and not path.is_file():
         raise InputError(f"study {name}: nothing was searched yet ({path} does not exist); run: rankopt search")
     storage = open_storage(url)
     known = optuna.study.get_all_study_names(storage)
     if name not in known:
-        raise InputError(f"study {name}: not in {url}; it holds {', '.join(sorted(known)) or 'no study'}")
+        raise InputError(f"study {name}: not in {shown(url)}; it holds {', '.join(sorted(known)) or 'no study'}")
     return optuna.load_study(study_name=name, storage=storage)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankopt.candidates import Group
+from rankopt.picks import Picks
 from rankopt.plan import Plan
 
 Array = NDArray[np.float64]
@@ -64,7 +65,17 @@ class LossModel:
         # Below this a loss is nothing: its logarithm would say more than the prediction knows.
         self._least = 1e-6 * float(positive.max()) if len(positive) else 1e-12
         self._middle = float(np.median(np.log(np.maximum(positive, self._least)))) if len(positive) else 0.0
-        self._index = [{choice: n for n, choice in enumerate(g.choices)} for g in self.groups]
+        self._picks = Picks(groups)
+        # (groups, most choices): logarithms of predicted losses less their middle, and numbers of methods
+        self._sizes = [len(g.losses) for g in self.groups]
+        shape = (len(self.groups), max(self._sizes, default=0))
+        self._losses, self._methods = np.zeros(shape), np.full(shape, len(self.methods), dtype=np.intp)
+        number = {name: n for n, name in enumerate(self.methods)}
+        for n, group in enumerate(self.groups):
+            self._losses[n, : len(group.losses)] = np.maximum(group.losses, 0.0)
+            own = [number.get(c.method, len(number)) for c in group.choices]
+            self._methods[n, : len(own)] = own
+        self._logs = np.log(np.maximum(self._losses, self._least)) - self._middle
         size = _GLOBAL + len(self.methods) + len(self.groups)
         self._prior = np.zeros(size)
         self._prior[1] = self._prior[2] = 1.0
@@ -112,15 +123,11 @@ class LossModel:
 
     def losses(self, corrections: Corrections) -> list[Array]:
         """For every group the corrected loss of each choice; they are to be summed."""
-        found = []
-        for n, group in enumerate(self.groups):
-            known = group.losses > self._least
-            log = corrections.exponent * (np.log(np.maximum(group.losses, self._least)) - self._middle)
-            log = log + corrections.layers[n]
-            log = log + np.array([corrections.methods.get(c.method, 0.0) for c in group.choices])
-            # what is nothing to the prediction stays near nothing, and cheaper is not better for it
-            found.append(np.where(known, np.exp(log), np.maximum(group.losses, 0.0) / self._least * np.exp(log)))
-        return found
+        factors = np.array([*(corrections.methods.get(name, 0.0) for name in self.methods), 0.0])
+        factor = np.exp(corrections.exponent * self._logs + corrections.layers[:, None] + factors[self._methods])
+        # what is nothing to the prediction stays near nothing, and cheaper is not better for it
+        found = np.where(self._losses > self._least, factor, self._losses / self._least * factor)
+        return [row[:size] for row, size in zip(found, self._sizes, strict=True)]
 
     def predicted(self, summed: float | Array, corrections: Corrections | None = None) -> Array:
         """The loss of plans whose corrected losses sum to this."""
@@ -138,20 +145,10 @@ class LossModel:
         by_group = self.losses(self.corrections())
         return float(self.predicted(sum(float(v[i]) for v, i in zip(by_group, row, strict=True))))
 
-    def _picks(self, plan: Plan) -> list[int] | None:
-        found = [index.get(plan[g.name]) for g, index in zip(self.groups, self._index, strict=True)]
-        return None if any(i is None for i in found) else [i for i in found if i is not None]
-
     def _tables(self, picks: NDArray[np.intp]) -> tuple[Array, NDArray[np.intp]]:
         """(plans, groups): logarithms of predicted losses less their middle (−inf for none), and numbers of methods."""
-        logs, methods = np.empty(picks.shape), np.empty(picks.shape, dtype=np.intp)
-        for n, group in enumerate(self.groups):
-            with np.errstate(divide="ignore"):
-                log = np.log(np.maximum(group.losses, self._least)) - self._middle
-            log = np.where(group.losses > 0, log, -np.inf)
-            numbers = [self.methods.index(c.method) if c.method in self.methods else -1 for c in group.choices]
-            logs[:, n], methods[:, n] = log[picks[:, n]], np.array(numbers)[picks[:, n]]
-        return logs, methods
+        at = np.arange(len(self.groups))
+        return np.where(self._losses > 0, self._logs, -np.inf)[at, picks], self._methods[at, picks]
 
     def _values(self, at: Array, logs: Array, methods: NDArray[np.intp], slopes: bool = True) -> tuple[Array, Array]:
         """Logarithms of the modelled losses of these plans, and (if asked) their slopes in the corrections."""
@@ -188,7 +185,7 @@ class LossModel:
             step = np.linalg.solve(precision + damping * np.diag(np.diag(precision)), pull)
             then = cost(at + step)
             if then <= now:
-                settled = now - then < 1e-6 * max(now, 1.0)
+                settled = now - then < 1e-4 * max(now, 1.0)
                 at, now, damping = at + step, then, damping / 4
                 if settled:
                     break

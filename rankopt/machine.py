@@ -8,6 +8,8 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -25,6 +27,16 @@ def processor() -> str:
             if found.get(key):
                 return found[key]
     return platform.processor() or platform.machine()
+
+
+@cache
+def here() -> dict[str, str]:
+    """This machine's name and processor, and the versions that what a trial measures depends on."""
+    found = {"host": platform.node(), "processor": processor(), "python": platform.python_version()}
+    for package in ("rankopt", "torch", "optuna"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def cpu_conditions() -> dict[str, str]:

@@ -10,12 +10,16 @@ from typing import Any
 from torch import nn
 
 from rankopt.batches import as_batches
+from rankopt.durations import seconds_of
 from rankopt.errors import InputError, LimitError
 from rankopt.evaluate import Metric
 from rankopt.limits import Limit, parse_limit
+from rankopt.plan import Plan
+from rankopt.plan_diff import plan_at
 from rankopt.result import Progress, Result
 from rankopt.search import Search
 from rankopt.short_recovery import ShortRecovery
+from rankopt.stopping import Stopping
 from rankopt.targets.target import Target
 
 
@@ -28,6 +32,9 @@ def search(
     evaluate: Callable[[nn.Module], float] | None = None,
     limits: Sequence[str | Limit] = ("macs<=50%",),
     trials: int = 64,
+    time_limit: float | str | None = None,
+    patience: int | None = None,
+    trial_timeout: float | str | None = None,
     target: str | Target | Sequence[str | Target] | None = None,
     cache: Path | bool | None = None,
     storage: str | None = None,
@@ -43,6 +50,7 @@ def search(
     allow: Sequence[str] = (),
     recovery: int | Mapping[str, Any] | None = None,
     train: Any = None,
+    start: Sequence[Plan | str | Path] = (),
 ) -> Result:
     """Find compressed versions of a trained model that keep the limits.
 
@@ -56,6 +64,9 @@ def search(
             decides.
         limits: e.g. ``["macs<=50%", "accuracy>=-0.5"]``.
         trials: plans to measure.
+        time_limit: seconds (or ``"2h"``) of trials in all, after which no more are begun.
+        patience: trials in a row without a gain in hypervolume that end the study.
+        trial_timeout: seconds (or ``"10m"``) after which a single trial is given up.
         target: where latency is measured: ``"onnxruntime"``, ``"torch:threads=2"``, a `Target`, or several of them, of
             which the first is meant by ``latency<=4ms``. None: nowhere.
         cache: folder of latency tables (None: the user's cache folder; False: nothing is kept).
@@ -72,6 +83,7 @@ def search(
         allow: operations that no counter knows and that shall count as nothing; see `Search`.
         recovery: a short training in every trial: steps, or a mapping of `RecoveryOptions`.
         train: data for it, e.g. a DataLoader; the calibration data when None.
+        start: plans that are measured first, or files of them, or folders of saved models; for the same architecture.
 
     Returns:
         A `Result`: ``.front``, ``.best()``; each entry has ``.plan``, ``.measurements``, ``.build()``, ``.save(dir)``.
@@ -80,7 +92,8 @@ def search(
         InputError: something given is wrong; one line.
         InfeasibleError: nothing can keep the limits; says what is reachable.
     """
-    for key, value, least in (("trials", trials, 1), ("seed", seed, 0), ("memory", memory or 0, 0)):
+    numbers = (("trials", trials, 1), ("seed", seed, 0), ("memory", memory or 0, 0), ("patience", patience or 1, 1))
+    for key, value, least in numbers:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"{key}: must be a whole number from {least}, got {value!r}")
     for key, text in (("storage", storage), ("name", name)):
@@ -107,14 +120,33 @@ def search(
         strategy=strategy,
         sampler=sampler,
         storage=storage,
+        stopping=Stopping(_seconds("time_limit", time_limit), patience),
+        trial_timeout=_seconds("trial_timeout", trial_timeout),
         name=name,
         memory=memory,
         allow=allow,
         targets=[] if target in (None, "none") else [target] if isinstance(target, str | Target) else list(target),
         cache=cache,
         recovery=replace(short, batches=train, seed=seed) if short else None,
+        start=_plans(start),
     )
     return run.run(progress)
+
+
+def _seconds(key: str, value: float | str | None) -> float | None:
+    try:
+        return None if value is None else seconds_of(value)
+    except ValueError as error:
+        raise InputError(f"{key}: {error}") from None
+
+
+def _plans(given: Any) -> dict[str, Plan]:
+    if isinstance(given, Plan | str | Path):
+        given = [given]
+    if not isinstance(given, Sequence) or not all(isinstance(one, Plan | str | Path) for one in given):
+        raise InputError(f"start: needs a list of plans or of their files, got {given!r:.80}")
+    return {f"plan {n}" if isinstance(p, Plan) else str(p): p if isinstance(p, Plan) else plan_at(Path(p))
+            for n, p in enumerate(given, 1)}  # fmt: skip
 
 
 def _listed(limits: Any) -> Sequence[Any]:

@@ -15,10 +15,13 @@ def front(points: ArrayLike) -> NDArray[np.intp]:
     if x.size == 0:
         return np.zeros(0, dtype=np.intp)
     order = np.lexsort(x.T[::-1])  # a row can only be dominated by one before it
+    order = order[~np.isnan(x[order]).any(axis=1)]
+    if x.shape[1] == 2:
+        lowest = np.minimum.accumulate(np.append(np.inf, x[order, 1]))
+        first = np.arange(len(order)) == 0  # also where its second value is infinite
+        return np.asarray(order[(x[order, 1] < lowest[:-1]) | first], dtype=np.intp)
     kept: list[int] = []
     for i in order:
-        if np.isnan(x[i]).any():
-            continue
         if not kept or not (x[kept] <= x[i]).all(axis=1).any():
             kept.append(int(i))
     return np.array(kept, dtype=np.intp)

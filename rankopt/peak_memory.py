@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankopt.errors import InputError
+from rankopt.errors import InputError, KilledError
 from rankopt.machine import device_lock
 from rankopt.measurement import Measurement
 from rankopt.targets.target import LocalTarget, Subject
@@ -127,10 +127,13 @@ def outcome(called: str, code: int, out: str, err: str) -> float:
     told = told if isinstance(told, dict) else {}
     if code == 0 and isinstance(told.get("mib"), float):
         return told["mib"]
-    if told.get("out_of_memory") or code == -9:
+    if told.get("out_of_memory"):
         raise InputError(f"target {called}: running the model needed more memory than there is")
+    if code == -9:  # by the system, most likely
+        raise KilledError(f"target {called}: running the model needed more memory than there is")
     if "error" in told:
         raise InputError(f"target {called}: the model can't be run in a process of its own: {told['error']}")
     last = (err.strip().splitlines() or [""])[-1]
     ended = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
-    raise InputError(f"target {called}: the process that ran the model {ended}{': ' + last[:200] if last else ''}")
+    kind = KilledError if code < 0 else InputError
+    raise kind(f"target {called}: the process that ran the model {ended}{': ' + last[:200] if last else ''}")

@@ -38,7 +38,7 @@ class Difference:
 
 def diff(a: str | Path, b: str | Path) -> Difference:
     """Compare two plans or saved models; raises `PlanError` or `ArtifactError` when one can't be read."""
-    first, second = _plan(Path(a)), _plan(Path(b))
+    first, second = plan_at(Path(a)), plan_at(Path(b))
     names = list(dict.fromkeys([*first.layers, *second.layers, *first.skipped, *second.skipped]))
     pairs = {name: (_choice(first, name), _choice(second, name)) for name in names}
     return Difference(
@@ -49,7 +49,8 @@ def diff(a: str | Path, b: str | Path) -> Difference:
     )
 
 
-def _plan(path: Path) -> Plan:
+def plan_at(path: Path) -> Plan:
+    """A plan file, or the plan of a saved model, which is checked against its manifest."""
     if not path.is_dir():
         return read_plan(path)
     from rankopt.artifact import read_plan as of_artifact

@@ -34,6 +34,7 @@ def split(
     keeps: Sequence[float],
     multiple: int = 1,
     quantity: str | None = None,
+    counts: Mapping[str, int] | None = None,
 ) -> dict[float, dict[str, int]]:
     """For every share of the dense layer's cost, the ranks that lose the least energy among those that cost no more.
 
@@ -43,6 +44,8 @@ def split(
         keeps: shares of the layer's cost in (0, 1].
         multiple: ranks are multiples of this.
         quantity: the cost, macs or params; by default what the method saves.
+        counts: values of what the method counts (`Decomposition.counted`), which no spectrum orders; by default the
+            largest.
 
     Returns:
         keep → ranks; a share that even the smallest ranks exceed is left out.
@@ -51,8 +54,10 @@ def split(
     bounds = way.rank_bounds(layer)
     names = list(bounds)
     quantity = way.saves[0] if quantity is None else quantity
-    per_rank = max(2, int(_GRID ** (1 / len(names))))
-    axes = [rank_levels(bounds[n], multiple, per_rank) for n in names]
+    fixed = {n: np.array([bounds[n]]) for n in way.counted(layer)}
+    fixed |= {n: np.array([count]) for n, count in (counts or {}).items()}
+    per_rank = max(2, int(_GRID ** (1 / max(len(names) - len(fixed), 1))))
+    axes = [fixed[n] if n in fixed else rank_levels(bounds[n], multiple, per_rank) for n in names]
     found: dict[float, dict[str, int]] = {}
     grid = _cost(way, layer, several, quantity, axes)
     for keep in keeps:
@@ -61,7 +66,7 @@ def split(
         if best is None:
             continue
         while True:  # the grid may be coarse: look at the neighbours until none is better
-            near = [_around(best[n], bounds[n], multiple) for n in names]
+            near = [fixed[n] if n in fixed else _around(best[n], bounds[n], multiple) for n in names]
             better = _best(_cost(way, layer, several, quantity, near), budget)
             if better is None or better == best:
                 break
@@ -101,6 +106,12 @@ def _around(rank: int, bound: int, multiple: int) -> NDArray[np.int64]:
         return np.array([bound])
     steps = np.array([-4, -2, -1, 0, 1, 2, 4]) * multiple + rank
     return np.unique(np.clip(steps, multiple, bound // multiple * multiple))
+
+
+def every_count(way: Decomposition, layer: LayerSpec) -> list[dict[str, int]]:
+    """Every combination of what the method counts on this layer, the largest first; one empty one without counts."""
+    names, bounds = way.counted(layer), way.rank_bounds(layer)
+    return [dict(zip(names, c, strict=True)) for c in itertools.product(*(range(bounds[n], 0, -1) for n in names))]
 
 
 def full_ranks(bounds: Mapping[str, int], multiple: int = 1) -> dict[str, int]:

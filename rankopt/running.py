@@ -12,9 +12,14 @@ from rankopt import ledger, study
 from rankopt.batches import digest
 from rankopt.errors import InputError
 from rankopt.evbmf import estimated_share
+from rankopt.executors.local import Local
+from rankopt.plan import Plan
 from rankopt.problem import learn
 from rankopt.result import Entry, Result
 from rankopt.sensitivity import Sensitivities, SensitivityOptions
+from rankopt.starting import joined
+from rankopt.storages import only_writer, open_storage
+from rankopt.strategies.started import START
 from rankopt.strategies.strategy import Setting
 
 if TYPE_CHECKING:
@@ -23,7 +28,14 @@ if TYPE_CHECKING:
 
 def run(search: Search) -> Result:
     """See `Search.run`."""
-    storage = ledger.open_storage(search.storage)
+    start = search.start  # a plan that does not fit is refused before there is a storage
+    with only_writer(search.storage, search.name):
+        return _run(search, start)
+
+
+def _run(search: Search, start: Sequence[Plan]) -> Result:
+    storage = open_storage(search.storage)
+    search.start = joined(start, ledger.proposed(storage, search.name, START))
     devices = search.devices
     devices.keep_pace(ledger.begun_with(storage, search.name))
     space = search.space
@@ -34,13 +46,14 @@ def run(search: Search) -> Result:
         storage, search.name, search.objectives, facts | targets, search.evaluator.dense, search.limits,
         devices.conditions,
     )  # fmt: skip
+    ledger.want(opened, search.trials, search.stopping.time_limit, search.stopping.patience)
     known = ledger.known_entries(opened, search.limits)
     for entry in known:
         devices.recall(entry.plan, entry.measurements)
     learn(space, devices)
     inherited = ledger.judged(storage, facts, search.name) if search.retargeted else []
     _measure_together(search, inherited, known)
-    study.run(
+    search.stopped = study.run(
         opened,
         setting_of(search),
         search.evaluator,
@@ -48,6 +61,8 @@ def run(search: Search) -> Result:
         learn=lambda: learn(space, devices),
         inherited=inherited,
         by=search.strategy,
+        executor=search.executor or Local(search.trial_timeout),
+        stopping=search.stopping,
     )
     if devices or search.evaluator.fast.bfloat16:
         study.confirm_best(opened, search.limits, lambda entry: _again(search, entry))
@@ -73,6 +88,7 @@ def setting_of(search: Search) -> Setting:
             SensitivityOptions(seed=search.seed),
         ),
         lambda group, method: estimated_share(group, method, factors),
+        search.start,
     )  # fmt: skip
 
 

@@ -79,7 +79,7 @@ class Sampling:
         self._directions = [optuna.study.StudyDirection.MINIMIZE] * (1 if self.single else objectives)
         self._distributions = {n: _distribution(r) for n, r in self.ranges.items()}
         self._told: list[Told] = []
-        self._asked: optuna.Trial | None = None
+        self._asked: list[optuna.Trial] = []
         self._yardstick: np.ndarray | None = None
         self._study = self._empty()
 
@@ -96,16 +96,18 @@ class Sampling:
             self._study.sampler = SAMPLERS[self.name](seed)
             if given:
                 self._study.enqueue_trial({n: _inside(v, self.ranges[n]) for n, v in given.items()})
-            self._asked = self._study.ask(self._distributions)
-        numbers = dict(self._asked.params)
-        attributes = self._study.get_trials(deepcopy=False)[self._asked.number].system_attrs
+            asked = self._study.ask(self._distributions)
+        self._asked.append(asked)
+        numbers = dict(asked.params)
+        attributes = self._study.get_trials(deepcopy=False)[asked.number].system_attrs
         return numbers, {k: v for k, v in attributes.items() if _is_mark(k, v)}
 
     def tell(self, told: Told) -> None:
-        """What became of the numbers that were asked for last, or of any others in the ranges."""
-        asked, self._asked = self._asked, None
+        """What became of numbers that were asked for, in whatever order, or of any others in the ranges."""
+        asked = next((a for a in self._asked if dict(a.params) == dict(told.numbers)), None)
         self._told.append(told)
-        if asked is not None and dict(asked.params) == dict(told.numbers):
+        if asked is not None:
+            self._asked.remove(asked)
             for limit, excess in told.excess.items():
                 asked.set_constraint(limit, excess)
             values = self._values(told)
@@ -128,7 +130,7 @@ class Sampling:
 
     def _restart(self) -> None:
         """The study in memory anew: all trials, or (for samplers that grow slow) the best and the newest."""
-        self._study, self._yardstick = self._empty(), None
+        self._study, self._yardstick, self._asked = self._empty(), None, []
         since = len(self._told) // _FORGET_EVERY * _FORGET_EVERY if self.name in _FORGETFUL else 0
         old = self._told[:since]
         for told in [*(_chosen(old) if since > _REMEMBERED else old), *self._told[since:]]:

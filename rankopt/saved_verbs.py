@@ -18,9 +18,7 @@ from rankopt.cli_options import (
     Storage,
     Study,
     Targets,
-    limits_of,
-    storage_of,
-    targets_of,
+    asked,
 )
 from rankopt.errors import InputError
 from rankopt.handover import (
@@ -70,24 +68,20 @@ def export(
     rankopt export studies/digits.yaml --top 5 --limit 'macs<=40%' --out best
     rankopt export studies/digits.yaml --knee --out plan.yaml
     """
-    from rankopt.ledger import read_result
-    from rankopt.study_file import load_study
-
     if sum((trial is not None, top is not None, knee)) > 1:
         raise InputError("--trial, --top and --knee: each chooses what is written; give one of them")
     alone = out.suffix in (".json", ".yaml", ".yml")
     if alone and (top is not None or exports):
         raise InputError(f"--out {out}: names a file for one plan; with --top or --export give a directory")
-    file, limits, targets = load_study(study), limits_of(limit), targets_of(target)
+    given = asked(study, limit, storage, target)
     check_exports(exports)
     if not alone and top is None:
         check_free(out, force)
-    url = storage_of(storage) or file.storage_url
-    result = read_result(url, file.study_on(targets), limits=limits or file.limits)
+    result = given.result()
     if top is not None:
-        entries = result.top(top, limits or file.limits)
+        entries = result.top(top, given.within)
     else:
-        entries = [result.knee() if knee else chosen(result, trial, limits or file.limits, file.name)]
+        entries = [result.knee() if knee else chosen(result, trial, given.within, given.file.name)]
     if alone:
         from rankopt.plan_file import write_plan
 
@@ -103,7 +97,7 @@ def export(
         check_free(place, force)
     from rankopt.search import Search
 
-    run = Search.from_study(file, limits=limits, storage=url, targets=targets)
+    run = Search.from_study(given.file, limits=given.limits, storage=given.url, targets=given.targets)
     run.recorded = result
     if top is None:
         finish(run, entries[0], out, force, as_json, exports, quiet)

@@ -21,7 +21,6 @@ from rankopt.calibration import CalibrationOptions
 from rankopt.candidates import Group, candidates, default_memory, factor_cache
 from rankopt.cost import Cost
 from rankopt.cost import count as count_costs
-from rankopt.dense_source import source_of
 from rankopt.devices import Devices
 from rankopt.divergence import Divergence
 from rankopt.errors import DataError, InputError, PlanError, UncountedOperationError
@@ -39,11 +38,15 @@ from rankopt.saving import saved
 from rankopt.short_recovery import ShortRecovery
 from rankopt.space import SearchSpace
 from rankopt.space_file import Space, load_space, resolve, tied_groups
+from rankopt.starting import choices_of, starting_plans
+from rankopt.stopping import Stopping
+from rankopt.study_arguments import arguments
 from rankopt.surgery import checked
 from rankopt.targets import read as read_target
 from rankopt.targets.target import Target
 
 if TYPE_CHECKING:
+    from rankopt.executors.executor import Executor
     from rankopt.study_file import StudyFile
 
 _HELD_BACK = 0.33
@@ -80,6 +83,10 @@ class Search:
         retargeted: take over the quality of all plans that another study in the storage measured with the same model,
             data and space; only latency is measured anew.
         recovery: a short training in every trial: steps, `RecoveryOptions` as a mapping, or a `ShortRecovery`.
+        start: plans that are measured first, by names for messages, or what returns them when the search begins.
+        stopping: what ends the study before it has all its trials: a time limit, or trials without a gain.
+        trial_timeout: seconds after which a trial is given up (None: never); see `executors.local`.
+        executor: what carries trials out (None: this process, one after the other).
     """
 
     def __init__(
@@ -117,9 +124,15 @@ class Search:
         cache: Path | bool | None = None,
         retargeted: bool = False,
         recovery: int | Mapping[str, Any] | ShortRecovery | None = None,
+        start: Mapping[str, Plan] | Callable[[], Mapping[str, Plan]] | None = None,
+        stopping: Stopping | None = None,
+        trial_timeout: float | None = None,
+        executor: Executor | None = None,
     ) -> None:
         self.model, self.source, self.allow = model, source, tuple(allow)
-        self.retargeted, self.recovery = retargeted, ShortRecovery.of(recovery)
+        self.stopping, self.trial_timeout, self.executor = stopping or Stopping(), trial_timeout, executor
+        self.stopped = ""
+        self.retargeted, self.recovery, self._start = retargeted, ShortRecovery.of(recovery), start or {}
         self.example, self.example_kwargs = example_input, dict(example_kwargs or {})
         if threads is not None:
             torch.set_num_threads(threads)
@@ -162,43 +175,10 @@ class Search:
         seed: int | None = None,
         targets: Sequence[Target] | None = None,
         model: nn.Module | None = None,
+        executor: Executor | None = None,
     ) -> Search:
         """Build the model and data that a study file names. `storage` is a URL; the others replace the file's."""
-        torch.set_num_threads(file.threads)
-        splits = file.splits()
-        args, kwargs = file.example()
-        spec = file.model.call
-        return cls(
-            file.build_model() if model is None else model,
-            args,
-            kwargs,
-            calibration=splits["calibration"],
-            validation=splits.get("validation"),
-            tests=splits.get("test"),
-            metric=file.metric_function() or file.metric,
-            limits=file.limits if limits is None else limits,
-            objectives=file.goals if targets is None else file.goals_on([t.called for t in targets]),
-            space=file.load_space(),
-            trials=file.trials if trials is None else trials,
-            seed=file.seed if seed is None else seed,
-            strategy=file.strategy,
-            sampler=file.sampler,
-            seeds=file.seeds,
-            storage=storage or file.storage_url,
-            name=file.study_on(targets),
-            refit=RefitOptions() if file.refit.enabled else None,
-            refit_samples=file.refit.samples,
-            bn=file.recovery.bn,
-            precision=file.precision,
-            output=file.output.kind,
-            class_dim=file.output.class_dim,
-            allow=file.allow,
-            targets=file.make_targets() if targets is None else targets,
-            cache=file.cache_folder,
-            retargeted=file.study_on(targets) != file.name,
-            recovery=file.short_recovery(),
-            source=source_of(spec, file.model.args),
-        )
+        return cls(**arguments(file, limits, trials, storage, seed, targets, model, executor))
 
     @cached_property
     def cost(self) -> Cost:
@@ -209,35 +189,30 @@ class Search:
             raise UncountedOperationError(f"MACs of the dense model: {error.message}") from None
 
     @cached_property
+    def start(self) -> list[Plan]:
+        """The plans that are measured first; raises `PlanError` for one that is another model's."""
+        given = self._start() if callable(self._start) else self._start
+        return starting_plans(given, self.model, self.layers, self.fingerprint)
+
+    @cached_property
     def _prepared(self) -> tuple[list[Group], Factors]:
+        tied = tied_groups(self.space_file, self.layers)
         return candidates(
-            self.model,
-            self.layers,
-            self.spaces,
-            tied_groups(self.space_file, self.layers),
-            self.calibration,
-            self.divergence,
-            options=self.options,
-            use_statistics=self.space_file.statistics,
-            max_bytes=self.memory,
-            progress=self.tell,
-        )
+            self.model, self.layers, self.spaces, tied, self.calibration, self.divergence, progress=self.tell,
+            further=choices_of(self.start), **self._gathering,
+        )  # fmt: skip
+
+    @property
+    def _gathering(self) -> dict[str, Any]:
+        statistics = self.space_file.statistics
+        return {"options": self.options, "use_statistics": statistics, "max_bytes": self.memory}
 
     @property
     def _factors(self) -> Factors:
         """The factors; without a search there is no need for the candidates and their predicted losses."""
         if "_prepared" in self.__dict__:
             return self._prepared[1]
-        return factor_cache(
-            self.model,
-            self.layers,
-            self.spaces,
-            self.calibration,
-            self.divergence,
-            options=self.options,
-            use_statistics=self.space_file.statistics,
-            max_bytes=self.memory,
-        )
+        return factor_cache(self.model, self.layers, self.spaces, self.calibration, self.divergence, **self._gathering)
 
     @property
     def groups(self) -> list[Group]:
@@ -310,8 +285,8 @@ class Search:
         self.progress(Progress(0, 0, time.perf_counter() - self._began, text=text))
 
     def notes(self) -> list[str]:
-        """What the user should know of the latencies: the prediction's error, and measurements that were noisy."""
-        return self.devices.report()
+        """What the user should know: why the study ended early, how far predicted latencies are off, what was noisy."""
+        return [*([self.stopped] if self.stopped else []), *self.devices.report()]
 
     def evaluate(self, plan: Plan) -> Entry:
         """Measure a plan of one's own. Raises `PlanError` or `LayerError` when it does not fit this model."""

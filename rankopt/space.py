@@ -2,8 +2,8 @@
 
 However a plan is proposed, it is solved for here: losses (as predicted, or corrected), a budget, perhaps a plan near
 which it has to stay, and out comes the best plan within all limits. The two forms in which a plan can be told in
-numbers are here too: a budget and corrections of the predicted losses (a logarithmic factor a stage of the network and
-a method, and an exponent), and a method and a share of the dense MACs for every layer.
+numbers are here too: a budget and corrections of the predicted losses (a logarithmic factor a stage of the network, a
+role in its blocks and a method, and an exponent), and a method and a share of the dense MACs for every layer.
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rankopt.allocate import Allocation, Array, Choices, Frontier, allocate, frontier
 from rankopt.candidates import Group
 from rankopt.errors import InfeasibleError
+from rankopt.parts import roles, stages
+from rankopt.picks import Picks
 from rankopt.plan import Fingerprint, LayerChoice, Plan
 
 _REACH = 1.5  # corrections go from exp(-1.5) to exp(1.5)
 _EXPONENT = (0.6, 1.4)
-_STAGES = 4
 _EXACT = ("macs", "params")
 MARGIN = 0.01  # how far below a bound on a predicted cost a plan is asked for
 _BEYOND = 0.10  # how far above its bound a budget of a predicted cost may lie
 _DOUBT = 0.05  # how far above its bound a predicted cost may be, and the plan is measured all the same
-_GAP = 1e-3  # to the proven optimum; losses are predicted far less closely
+_GAP = 3e-3  # to the proven optimum; losses are predicted far less closely
 _MOVED = "layers moved"  # the cost of the integer program that counts them
 
 
@@ -74,10 +76,10 @@ class SearchSpace:
         self.groups, self.quantity = list(groups), quantity
         self.fingerprint, self.skipped = fingerprint, dict(skipped or {})
         self.totals, self.bounds = dict(totals), dict(limits)
-        self._index = [{choice: n for n, choice in enumerate(g.choices)} for g in self.groups]
+        self.picks = Picks(self.groups)
         self._keeps = [g.kept for g in self.groups]
         self.update(fixed, costs)
-        self.stages = stages(self.groups)
+        self.stages, self.roles = stages(self.groups), roles(self.groups)
         self.methods = sorted({c.method for g in self.groups for c in g.choices if c.method != "dense"})
         self.lowest, self.highest = self._range()
 
@@ -90,6 +92,9 @@ class SearchSpace:
         """Take other predicted costs; `ratios`: the factor by which a quantity comes out above its prediction."""
         self.fixed, self._costs = dict(fixed), list(costs) or [{} for _ in self.groups]
         self.ratios = dict(ratios or {})
+        self._table = np.full((len(self.groups), max([len(g.choices) for g in self.groups], default=0)), np.nan)
+        for n, group in enumerate(self.groups):
+            self._table[n, : len(group.choices)] = self._choices(n).costs[self.quantity]
         self.limits = {q: self._allowed(q, bound) for q, bound in self.bounds.items()}
         for q in self.limits:
             if q not in _EXACT:  # a bound that seems out of reach is one that the cheapest plan may keep yet
@@ -155,6 +160,7 @@ class SearchSpace:
         ranges = {"budget": (self.lowest, beyond), "exponent": _EXPONENT}
         if len(self.stages) > 1:
             ranges |= {f"stage.{name}": (-_REACH, _REACH) for name in self.stages}
+        ranges |= {f"role.{name}": (-_REACH, _REACH) for name in self.roles}
         if len(self.methods) > 1:
             ranges |= {f"method.{name}": (-_REACH, _REACH) for name in self.methods}
         return ranges
@@ -196,11 +202,6 @@ class SearchSpace:
         for group, pick in zip(self.groups, picks, strict=True):
             layers |= {layer.name: group.choices[pick] for layer in group.layers}
         return Plan(layers, self.fingerprint, self.skipped)
-
-    def picks(self, plan: Plan) -> list[int] | None:
-        """The index of every group's choice, or None for a plan that is not of this space."""
-        found = [index.get(plan[g.name]) for g, index in zip(self.groups, self._index, strict=True)]
-        return None if None in found else [i for i in found if i is not None]
 
     def _solve_near(self, losses: Sequence[Array], limits: Mapping[str, float], near: Near) -> Plan:
         """At most so many groups move, each by at most so many levels: further costs of the integer program."""
@@ -249,7 +250,8 @@ class SearchSpace:
     def layer_numbers(self, plan: Plan) -> dict[str, float | str]:
         """A plan of this space told layer by layer; empty for another one."""
         numbers: dict[str, float | str] = {}
-        for group, keeps, pick in zip(self.groups, self._keeps, self.picks(plan) or [], strict=False):
+        picks = self.picks(plan)
+        for group, keeps, pick in zip(self.groups, self._keeps, () if picks is None else picks, strict=False):
             numbers[f"method.{group.name}"] = group.choices[pick].method
             numbers[f"keep.{group.name}"] = float(keeps[pick])
         return numbers
@@ -266,12 +268,12 @@ class SearchSpace:
     def cost(self, plan: Plan) -> float:
         """What a plan costs in the budget's quantity, as predicted; NaN for choices that are no candidates."""
         picks = self.picks(plan)
-        return float("nan") if picks is None else self.cost_of(picks)
+        return float("nan") if picks is None else float(self.cost_of(picks))
 
-    def cost_of(self, picks: Sequence[int]) -> float:
-        """The same for the choices of these indices."""
-        costs = (float(self._choices(n).costs[self.quantity][pick]) for n, pick in enumerate(picks))
-        return self.fixed[self.quantity] + sum(costs)
+    def cost_of(self, picks: Sequence[int] | NDArray[np.intp]) -> Array:
+        """The same for the choices of these indices, (groups,) of one plan or (n, groups) of several."""
+        costs = self._table[np.arange(len(self.groups)), np.asarray(picks, dtype=np.intp)]
+        return np.asarray(self.fixed[self.quantity] + costs.sum(axis=-1))
 
     def tightened(self, plan: Plan, share: float) -> float:
         """The budget at which a plan of this kind, which took `share` of dense, comes out just below the limit."""
@@ -299,8 +301,10 @@ class SearchSpace:
 
     def _corrected(self, group: Group, values: Mapping[str, float]) -> np.ndarray:
         losses = np.maximum(group.losses, 0) ** values.get("exponent", 1.0)
-        by_stage = next((s for s, names in self.stages.items() if group.name in names), "")
-        factor = values.get(f"stage.{by_stage}", 0.0)
+        factor = 0.0
+        for kind, parts in (("stage", self.stages), ("role", self.roles)):
+            part = next((name for name, names in parts.items() if group.name in names), "")
+            factor += values.get(f"{kind}.{part}", 0.0)
         factors = np.array([factor + values.get(f"method.{c.method}", 0.0) for c in group.choices])
         return losses * np.exp(factors)
 
@@ -318,21 +322,3 @@ def _levels(costs: Array, losses: Array, at: int) -> Array:
             best = min(best, float(losses[i]))
     level[front] = np.arange(len(front)) - front.index(at)
     return level
-
-
-def stages(groups: Sequence[Group]) -> dict[str, set[str]]:
-    """Names of groups by stage: runs of layers in the order of execution, cut where the output size changes most often.
-
-    Networks whose spatial size changes are cut there; others (transformers, MLPs) into equal parts by depth.
-    """
-    ordered = sorted(groups, key=lambda g: g.layers[0].order)
-    sizes = [g.layers[0].calls[0].out_size if g.layers[0].calls else () for g in ordered]
-    distinct = list(dict.fromkeys(s for s in sizes if s))
-    if 1 < len(distinct) <= 2 * _STAGES:
-        found: dict[str, set[str]] = {}
-        for group, size in zip(ordered, sizes, strict=True):
-            found.setdefault("x".join(map(str, size)) or "linear", set()).add(group.name)
-        return found
-    parts = min(_STAGES, max(1, len(ordered) // 3))
-    cuts = np.array_split(np.arange(len(ordered)), parts)
-    return {f"part{n + 1}": {ordered[i].name for i in cut} for n, cut in enumerate(cuts) if len(cut)}

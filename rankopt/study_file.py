@@ -22,18 +22,35 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
-from rankopt.callables import call, check_spec, load_callable
-from rankopt.errors import LimitError, StudyFileError
-from rankopt.limits import Limit, parse_limit
+from rankopt.callables import call, load_callable
+from rankopt.errors import StudyFileError
+from rankopt.limits import Limit
+from rankopt.plan_sources import plans_named
 from rankopt.recovery_options import RecoveryOptions
 from rankopt.space_file import Space, load_space
-from rankopt.targets import names as target_names
-from rankopt.yaml_file import Strict, closest, parse, read_yaml, shown
+from rankopt.study_parts import (
+    CallSpec,
+    ModelSpec,
+    OutputSpec,
+    RefitSpec,
+    SplitSpec,
+    one_of,
+    read_limit,
+    read_metric,
+    read_name,
+    read_objective,
+    read_seconds,
+    read_targets,
+    read_texts,
+    short_for,
+)
+from rankopt.yaml_file import Strict, closest, parse, read_yaml
 
 if TYPE_CHECKING:
     from torch import nn
 
     from rankopt.batches import Batch
+    from rankopt.plan import Plan
     from rankopt.short_recovery import ShortRecovery
     from rankopt.targets.target import Target
 
@@ -47,115 +64,31 @@ SPLITS = ("calibration", "validation", "test")
 TRAIN = "train"  # iterated by the training itself, anew in every epoch
 
 
-def _objective(value: Any) -> str:
-    name, _, label = str(value).partition("@")
-    known = ("accuracy", "kl", "macs", "params", "latency", "latency_p95", "memory")
-    if not isinstance(value, str) or name not in known or (label and not name.startswith("latency")):
-        raise ValueError(f"an objective is one of {', '.join(known)} (or latency@TARGET), got {shown(value)}")
-    return value
-
-
-def _one_of(names: Sequence[str]) -> Callable[[Any], str]:
-    """A text that is one of these names."""
-
-    def checked(value: Any) -> str:
-        if value not in names:
-            raise ValueError(f"must be one of {', '.join(names)}, got {shown(value)}{closest(str(value), names)}")
-        return value
-
-    return checked
-
-
-def _targets(value: Any) -> list[dict[str, Any]]:
-    """A name, a mapping with a name and options, or a list of them; ``none`` is none at all."""
-    listed = value if isinstance(value, list) else [] if value in (None, "none") else [value]
-    out = []
-    for one in listed:
-        spec = {"name": one} if isinstance(one, str) else one
-        if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
-            raise ValueError(f"a target is a name, or a mapping with name and its options, got {shown(one)}")
-        if spec["name"] not in target_names():
-            raise ValueError(f"{spec['name']!r} is not known{closest(spec['name'], target_names())}")
-        out.append(dict(spec))
-    return out
-
-
-def _short(key: str) -> BeforeValidator:
-    """Let a plain text stand for ``{key: text}``."""
-    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
-
-
-def _limit(value: Any) -> Limit:
-    if not isinstance(value, str):
-        raise LimitError(f"a limit is a text such as 'macs<=50%', got {value!r}")
-    return parse_limit(value)
-
-
-def _metric(value: Any) -> str:
-    return value if value in ("accuracy", "kl") else check_spec(value)
-
-
-def _name(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip() or len(value) > 100 or set(value) & set('/\\:*?"<>|\n'):
-        raise ValueError(f"a name is a short text without slashes, got {shown(value)}")
-    return value
-
-
-class CallSpec(Strict):
-    """A callable and its keyword arguments."""
-
-    call: Annotated[str, BeforeValidator(check_spec)]
-    args: dict[str, Any] = Field(default_factory=dict)
-
-
-class ModelSpec(CallSpec):
-    """What makes the model, and a checkpoint of weights for it (a path beside the study file; None: as it is made)."""
-
-    weights: str | None = Field(None, min_length=1)
-
-
-class SplitSpec(Strict):
-    """How much of a split is used (None: all), and the batch size for data that do not come in batches."""
-
-    samples: int | None = Field(None, ge=1)
-    batch: int = Field(128, ge=1)
-
-
-class RefitSpec(Strict):
-    """Whether a trial's layers are refitted in sequence, and on how many calibration samples (None: all)."""
-
-    enabled: bool = True
-    samples: int | None = Field(None, ge=1)
-
-
-class OutputSpec(Strict):
-    """What the model returns, and which dimension holds the classes; the default is read off an output."""
-
-    kind: Literal["auto", "logits", "regression"] = "auto"
-    class_dim: int | None = None
-
-
 class StudyFile(Strict):
     """A study: what is compressed, on which data it is judged, and what it must keep."""
 
-    name: Annotated[str, BeforeValidator(_name)] = "study"
+    name: Annotated[str, BeforeValidator(read_name)] = "study"
     description: str = ""
-    model: Annotated[ModelSpec, _short("call")]
-    data: Annotated[CallSpec, _short("call")]
-    metric: Annotated[str, BeforeValidator(_metric)] = "accuracy"
+    model: Annotated[ModelSpec, short_for("call")]
+    data: Annotated[CallSpec, short_for("call")]
+    metric: Annotated[str, BeforeValidator(read_metric)] = "accuracy"
     example_input: Any = None
     calibration: SplitSpec = SplitSpec(samples=1024, batch=128)
     validation: SplitSpec = SplitSpec(batch=256)
     test: SplitSpec = SplitSpec(batch=256)
     space: Any = "default"
-    limits: list[Annotated[Limit, BeforeValidator(_limit)]] = Field(default_factory=list)
-    objectives: list[Annotated[str, BeforeValidator(_objective)]] = Field(default_factory=list, max_length=12)
-    target: Annotated[list[dict[str, Any]], BeforeValidator(_targets)] = Field(default_factory=list)
+    limits: list[Annotated[Limit, BeforeValidator(read_limit)]] = Field(default_factory=list)
+    objectives: list[Annotated[str, BeforeValidator(read_objective)]] = Field(default_factory=list, max_length=12)
+    target: Annotated[list[dict[str, Any]], BeforeValidator(read_targets)] = Field(default_factory=list)
     cache: str | None = Field(None, min_length=1)
     trials: int = Field(64, ge=1, le=1_000_000)
-    strategy: Annotated[str, BeforeValidator(_one_of(STRATEGY_NAMES))] = "auto"
-    sampler: Annotated[str, BeforeValidator(_one_of(SAMPLER_NAMES))] = "auto"
+    time_limit: Annotated[float | None, BeforeValidator(read_seconds)] = None
+    patience: int | None = Field(None, ge=1)
+    trial_timeout: Annotated[float | None, BeforeValidator(read_seconds)] = None
+    strategy: Annotated[str, BeforeValidator(one_of(STRATEGY_NAMES))] = "auto"
+    sampler: Annotated[str, BeforeValidator(one_of(SAMPLER_NAMES))] = "auto"
     seeds: int | None = Field(None, ge=0, le=10_000)
+    start: Annotated[list[str], BeforeValidator(read_texts)] = Field(default_factory=list)
     seed: int = Field(0, ge=0, lt=2**32)
     threads: int = Field(1, ge=1, le=1024)
     storage: str | None = Field(None, min_length=1)
@@ -214,6 +147,14 @@ class StudyFile(Strict):
                 raise StudyFileError(f"{key}: must be one of {', '.join(known)}, got {value!r}{closest(value, known)}")
         return self.model_copy(update=given)
 
+    def ending(self, time_limit: str | None, patience: int | None) -> StudyFile:
+        """The same study that ends earlier or later, where it is given; raises `StudyFileError` for no duration."""
+        try:
+            given = {"time_limit": read_seconds(time_limit), "patience": patience}
+        except ValueError as error:
+            raise StudyFileError(f"--time-limit: {error}") from None
+        return self.model_copy(update={k: v for k, v in given.items() if v is not None})
+
     def make_targets(self) -> list[Target]:
         """The targets that are named; raises `StudyFileError` that names the option that is wrong."""
         from rankopt.targets import make
@@ -242,6 +183,18 @@ class StudyFile(Strict):
     def with_weights(self, path: Path) -> StudyFile:
         """The same study of other weights."""
         return self.model_copy(update={"model": self.model.model_copy(update={"weights": str(path.resolve())})})
+
+    def starting_with(self, plans: Sequence[str] | None) -> StudyFile:
+        """The same study with other plans to begin with, where some are given (paths from the current folder)."""
+        resolved = [str(Path(p).expanduser().resolve()) for p in plans or ()]
+        return self if plans is None else self.model_copy(update={"start": resolved})
+
+    def starting_plans(self, where: str | None = None) -> dict[str, Plan]:
+        """What ``start`` names: text → plan; raises `InputError`, one line, for one that can't be read.
+
+        `where` is what that begins with, in place of the file and the key.
+        """
+        return plans_named(self.start, self.base_dir, load_study, where or f"{self._path}: start: ")
 
     def load_space(self) -> Space:
         """The search space that the study names or holds."""

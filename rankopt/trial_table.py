@@ -24,12 +24,13 @@ def trial_rows(history: History) -> list[dict[str, Any]]:
 
     ``trial``, ``state``, ``within_limits``, ``front``, ``reason``, ``begun`` (local time), ``seconds``, ``same_as``,
     all that was measured, ``predicted_kl``, ``plan`` (its digest), ``param.NAME`` for what was proposed, ``layer.NAME``
-    for what was chosen. What a trial does not have is None.
+    for what was chosen, ``environment.NAME`` for seed, machine and versions. What a trial does not have is None.
     """
     on_front = {e.trial for e in history.result.front}
     measured = _keys(t.measurements for t in history.trials)
     params = _keys(t.params for t in history.trials)
     layers = _keys(t.plan.layers for t in history.trials if t.plan is not None)
+    environment = _keys(t.environment for t in history.trials)
     rows = []
     for trial in history.trials:
         row: dict[str, Any] = {
@@ -46,6 +47,7 @@ def trial_rows(history: History) -> list[dict[str, Any]]:
         row |= {"predicted_kl": trial.predicted_kl, "plan": trial.plan.digest if trial.plan else None}
         row |= {f"param.{name}": trial.params.get(name) for name in params}
         row |= {f"layer.{name}": None if trial.plan is None else str(trial.plan[name]) for name in layers}
+        row |= {f"environment.{name}": trial.environment.get(name) for name in environment}
         rows.append(row)
     return rows
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -18,6 +19,17 @@ def told_values(values: Mapping[str, float | None], objectives: Sequence[str]) -
     """The objectives' values for the sampler; a latency that was not worth measuring as predicted."""
     keys = [measured_key(o) for o in objectives]
     return [values.get(key, values.get(_predicted(key))) for key in keys]
+
+
+def signed(values: Sequence[float | None], objectives: Sequence[str]) -> list[float | None]:
+    """The objectives' values, all to be minimized."""
+    signs = [-1.0 if o in MAXIMIZED else 1.0 for o in objectives]
+    return [None if v is None else sign * v for sign, v in zip(signs, values, strict=True)]
+
+
+def excess_over(limits: Sequence[Limit], measured: Mapping[str, float], dense: Mapping[str, float]) -> dict[str, float]:
+    """How far beyond each limit; what was not measured is taken for kept by as much as it can be."""
+    return {str(li): min(li.violation(measured, dense), 1e6) for li in limits}
 
 
 def _predicted(key: str) -> str:
@@ -62,3 +74,37 @@ def volume(result: Result) -> float:
     reference = [_WORST_KL if o == "kl" else 0.0 if o in MAXIMIZED else 1.0 for o in result.objectives]
     points = [np.array(minimized(e.measurements, result.objectives)) / scale for e in result.front]
     return hypervolume(points, reference) if points else 0.0
+
+
+class Grown:
+    """The front of a growing number of plans, and its hypervolume."""
+
+    def __init__(self, result: Result) -> None:
+        self._result, self._front, self.volume = result, list[Entry](), 0.0
+
+    def add(self, entry: Entry) -> None:
+        """One more plan."""
+        grown = replace(self._result, entries=[*self._front, replace(entry, feasible=True)])
+        self._front = grown.front
+        self.volume = max(self.volume, volume(replace(grown, entries=self._front)))
+
+
+class Gains:
+    """How many trials there were since the last one by which the front grew.
+
+    As long as no plan keeps the limits it is the front of all plans, and afterwards that of those that do.
+    """
+
+    def __init__(self, empty: Result) -> None:
+        self._all, self._kept = Grown(empty), Grown(empty)
+        self.without = 0
+
+    def add(self, entry: Entry | None) -> None:
+        """The next trial, and what it measured if it did."""
+        before = (self._kept.volume, 0.0 if self._kept.volume else self._all.volume)
+        if entry is not None:
+            self._all.add(entry)
+            if entry.feasible:
+                self._kept.add(entry)
+        after = (self._kept.volume, 0.0 if self._kept.volume else self._all.volume)
+        self.without = 0 if after > before else self.without + 1

@@ -18,7 +18,7 @@ from rankopt.surgery import apply
 from rankopt.untrusted import size_and_digest
 
 LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
-    "linear": (lambda: nn.Linear(12, 10), (12,)),
+    "linear": (lambda: nn.Linear(18, 16), (18,)),
     "conv1d": (lambda: nn.Conv1d(6, 8, 3, padding=1), (6, 9)),
     "conv2d": (lambda: nn.Conv2d(6, 8, 3, stride=2, padding=1, bias=False), (6, 9, 8)),
     "grouped": (lambda: nn.Conv2d(8, 8, 3, groups=2, padding=1, padding_mode="reflect"), (8, 6, 6)),

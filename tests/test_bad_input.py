@@ -241,7 +241,7 @@ STUDIES: dict[str, tuple[dict[str, Any], str]] = {
     "example callable": ({"example_input": "code.py:example_number"}, "must return a tensor"),
     "output kind": ({"output": {"kind": "softmax"}}, "output.kind"),
     "class dimension": ({"output": {"class_dim": 3}}, "class_dim 3 does not fit an output of shape"),
-    "storage that can't be reached": ({"storage": "code.py/x.db"}, "storage sqlite:///"),
+    "storage that can't be reached": ({"storage": "code.py/x.db"}, "its storage can't be written"),
     "storage scheme": ({"storage": "nosuch://x"}, "storage nosuch://x: can't be opened"),
 }
 
@@ -484,7 +484,7 @@ PYTHON: dict[str, tuple[Callable[[], Any], str]] = {
     "evaluate is no number": (lambda: search(evaluate=lambda m: [1]), "metric: must return a number, got list"),
     "evaluate is NaN": (lambda: search(evaluate=lambda m: float("nan")), "finite number, got nan"),
     "plan rank": (lambda: LayerChoice("svd", {"rank": 0}), "rank must be a whole number from 1, got 0"),
-    "plan layer": (lambda: rankopt.apply(net(), Plan({"9": LayerChoice("svd", {"rank": 1})})), "no linear or conv"),
+    "plan layer": (lambda: rankopt.apply(net(), Plan({"9": LayerChoice("svd", {"rank": 1})})), "no linear, conv"),
     "plan too large": (lambda: rankopt.apply(net(), Plan({"0": LayerChoice("svd", {"rank": 99})})), "1 <= rank <= 12"),
     "apply to NaN": (
         lambda: rankopt.apply(

@@ -119,5 +119,5 @@ def test_a_plan_on_other_weights(
     assert main(["apply", "plan.yaml", "--model", "torch.nn:Identity", "--out", "other"]) == 2
     err = capsys.readouterr().err
     assert "made for another architecture" in err
-    assert "'second': the model has no linear or convolutional layer of that name" in err
+    assert "'second': the model has no linear, convolutional or other layer of that name" in err
     assert not (tmp_path / "other").exists()

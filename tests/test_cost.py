@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from rankopt.cost import Cost, count, count_thop, other_macs, plan_cost, plan_macs, plan_params, total_params
 from rankopt.decompositions import table
+from rankopt.decompositions.chained import ChainDecomposition
 from rankopt.errors import DataError, LayerError, UncountedOperationError
 from rankopt.layers import find_layers, static_layers
 from rankopt.operations import free
@@ -27,8 +28,8 @@ class Convs(nn.Module):
         self.up = nn.ConvTranspose2d(12, 6, 3, stride=2, output_padding=1, groups=3)
         self.dw = nn.Conv2d(6, 6, 3, groups=6)
         self.pool = nn.AdaptiveAvgPool2d(2)
-        self.fc = nn.Linear(24, 5)
-        self.twice = nn.Linear(5, 5)
+        self.fc = nn.Linear(24, 16)
+        self.twice = nn.Linear(16, 16)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.dw(self.up(self.b(F.relu(self.bn(self.a(x))))))
@@ -64,7 +65,8 @@ def test_three_counts_agree_where_there_are_only_layers(model: nn.Module, exampl
     assert other_macs(counted, layers) == 0
 
 
-@pytest.mark.parametrize("name", sorted(table()))
+# capsule layers are in no such model; test_capsules.py counts their methods
+@pytest.mark.parametrize("name", sorted(name for name in table() if not name.startswith("caps_")))
 def test_plans_cost_what_the_built_model_costs(name: str) -> None:
     model, example, _ = copy.deepcopy(CASES[0])
     decomposition = table()[name]
@@ -80,7 +82,8 @@ def test_plans_cost_what_the_built_model_costs(name: str) -> None:
     predicted = plan_cost(layers, plan, dense.params, other_macs(dense, layers))
     built = apply(model, plan)
     assert predicted == count(built, example)
-    assert predicted == count_thop(built, example)
+    if isinstance(decomposition, ChainDecomposition):  # thop knows plain layers alone
+        assert predicted == count_thop(built, example)
     assert predicted != dense
     assert predicted == Cost(plan_macs(layers, plan), plan_params(total_params(model), layers, plan))
 

@@ -22,7 +22,7 @@ from rankopt.exports import FORMATS, exporter
 from rankopt.exports.executorch import ExecuTorch
 from rankopt.manifest import Manifest
 from rankopt.plan import LayerChoice, Plan
-from rankopt.testing import GEOMETRIES
+from rankopt.testing import GEOMETRIES, MATRICES
 
 HERE = [name for name, one in FORMATS.items() if one.missing() is None]
 
@@ -45,7 +45,8 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Modul
 
 def test_all_methods_and_kinds_are_there(everything: tuple[Path, nn.Module, tuple[Tensor, ...]]) -> None:
     names = [name for name, _ in everything[1].branches.named_children()]  # type: ignore[union-attr]
-    assert {name for name in table() if any(n.endswith(f"_{name}") for n in names)} == set(table())
+    wanted = {name for name in table() if not name.startswith("caps_")}  # those are exported in test_capsules.py
+    assert {name for name in table() if any(n.endswith(f"_{name}") for n in names)} == wanted
     assert len(names) >= 30
 
 
@@ -118,8 +119,9 @@ def test_the_whole_matrix_of_geometries(name: str, method: str, tmp_path: Path) 
     from rankopt.layers import fingerprint, static_layers
     from rankopt.surgery import apply
 
-    seen = 0
-    for geometry in GEOMETRIES:
+    seen = fitting = 0
+    linears = [g for g in MATRICES if g not in GEOMETRIES and isinstance(g.make(), nn.Linear)]
+    for geometry in (*GEOMETRIES, *linears):
         dense = nn.Sequential(geometry.make(), nn.Tanh()).eval()
         (layer,) = static_layers(dense)
         way = table()[method]
@@ -127,6 +129,7 @@ def test_the_whole_matrix_of_geometries(name: str, method: str, tmp_path: Path) 
             continue
         if name == "openvino" and getattr(dense[0], "padding_mode", "") == "circular":
             continue  # see test_what_openvino_lacks_is_named
+        fitting += 1
         choice = LayerChoice(method, {k: max(1, v // 2) for k, v in way.rank_bounds(layer).items()})
         plan = Plan({layer.name: choice}, fingerprint(dense))
         try:
@@ -137,7 +140,7 @@ def test_the_whole_matrix_of_geometries(name: str, method: str, tmp_path: Path) 
         directory = save(tmp_path / f"{seen}", small, plan, measurements={}, exports=[name], example=((x,), {}))
         assert torch.equal(load(directory, dense)(x), small(x))
         seen += 1
-    assert seen >= 3
+    assert seen >= min(3, fitting) > 0  # some take few of these layers
 
 
 # the artifact ---------------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from recorded import recorded
 from rankopt.errors import InputError
 from rankopt.history import FRONT, History, read_history
 from rankopt.ledger import read_study
-from rankopt.study import volume
 from rankopt.study_file import load_study
+from rankopt.worth import volume
 
 
 def history_of(path: Path) -> History:

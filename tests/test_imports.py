@@ -19,7 +19,19 @@ LONGER = {"rankopt.testing": 520}
 HEAVY = ("torch", "optuna", "ray", "onnxruntime", "tensorly", "thop", "scipy", "numpy", "pydantic", "rich", "typer")
 # package → where it may be imported: a module, or all below it when it ends in a dot
 HOMES = {
-    "optuna": ["rankopt.study", "rankopt.ledger", "rankopt.sampling", "rankopt.history"],
+    "optuna": [
+        "rankopt.study",
+        "rankopt.loop",
+        "rankopt.inheriting",
+        "rankopt.ledger",
+        "rankopt.storages",
+        "rankopt.heartbeat",
+        "rankopt.trials",
+        "rankopt.sampling",
+        "rankopt.history",
+        "rankopt.status",
+    ],
+    "sqlalchemy": ["rankopt.storages"],
     "tensorly": ["rankopt.decompositions."],
     "thop": ["rankopt.cost", "rankopt.testing"],
     "scipy": ["rankopt.allocate", "rankopt.latency_fit", "rankopt.latency_table", "rankopt.evbmf"],

@@ -196,7 +196,7 @@ def test_keyword_models_of_every_form_of_data(form: str) -> None:
         space={"methods": ["svd"], "keep": {"levels": 4}},
     )
     best = result.best()
-    assert {n for n in best.plan} == {"encoder.layers.0.linear1", "encoder.layers.0.linear2"}
+    assert {n for n in best.plan} == {"emb", "encoder.layers.0.linear1", "encoder.layers.0.linear2"}
     assert "head" in best.plan.skipped
     built = best.build()
     assert built.head.weight is built.emb.weight  # type: ignore[union-attr]

@@ -230,7 +230,8 @@ def test_greedy_measures_layers_alone_and_then_takes_one_threshold() -> None:
         assert told.values is not None
         lost[step] = float(told.values[0] or 0.0)
     for proposal, _ in run.history[len(ladder) :]:
-        picks = given.space.picks(proposal.plan) or []
+        picks = given.space.picks(proposal.plan)
+        assert picks is not None
         taken = [lost[n, pick] for n, pick in enumerate(picks) if (n, pick) in lost]
         worst = max(taken, default=0.0)
         for n, pick in enumerate(picks):  # of every layer the cheapest step at or below the threshold

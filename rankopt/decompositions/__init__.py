@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 
 from rankopt.decompositions.activated import Activated
 from rankopt.decompositions.block_term import BlockTerm
+from rankopt.decompositions.capsule_methods import CapsCp, CapsRouting, CapsSvd, CapsTt, CapsTucker
 from rankopt.decompositions.chained import ChainDecomposition
 from rankopt.decompositions.cp import Cp
 from rankopt.decompositions.cp_matrix import CpMatrix
@@ -14,6 +15,7 @@ from rankopt.decompositions.decomposition import Decomposition
 from rankopt.decompositions.hierarchical_tucker import HierarchicalTucker
 from rankopt.decompositions.rebuilt import FunctionOfProduct
 from rankopt.decompositions.ring_matrix import RingMatrix
+from rankopt.decompositions.shared_votes import CapsShared
 from rankopt.decompositions.spatial_svd import SpatialSvd
 from rankopt.decompositions.svd import Svd, SvdIn
 from rankopt.decompositions.tensor_ring import TensorRing
@@ -32,6 +34,7 @@ _OWN: tuple[type[Decomposition], ...] = (
     *(Svd, SvdIn, SpatialSvd, Tucker2, Tucker, Cp, TensorTrain, TensorRing),
     *_TENSORIZED,
     *(memory(cls) for cls in _TENSORIZED),
+    *(CapsSvd, CapsTucker, CapsCp, CapsTt, CapsShared, CapsRouting),
 )
 _ACTIVATED: tuple[type[ChainDecomposition], ...] = (Svd, SpatialSvd, Tucker2, Cp)
 _REBUILT = (("relu", "svd"), ("relu", "tucker"), ("relu", "cp"), ("sin", "svd"))

@@ -67,6 +67,11 @@ class Decomposition(ABC):
     def rank_bounds(self, layer: LayerSpec) -> dict[str, int]:
         """The largest useful value of every rank."""
 
+    def counted(self, layer: LayerSpec) -> tuple[str, ...]:
+        """Those of its ranks that are counts of something, such as iterations, which no spectrum orders: candidates are
+        made for each of their values."""
+        return ()
+
     @abstractmethod
     def factorize(self, layer: LayerSpec, weight: Tensor, metric: Metric) -> Factors:
         """Prepare a weight (groups, out, in, *kernel) in float32 or float64 once, for all ranks."""

@@ -4,11 +4,12 @@ W[o1…od, i1…id] ≈ Σ G1[q, i1, o1, r] G2[r, i2, o2, s] … Gd[…, id, od,
 2016; Wang et al., "Wide Compression: Tensor Ring Nets", 2018). The last rank is the bond that closes the ring.
 
 There is no closed form at given ranks. The fit starts from TT-SVD in one slice of the closing bond, and from TensorLy's
-TR-SVD cut to the ranks, and all tensors descend together; the better end counts.
+TR-SVD cut to the ranks, and from noise, and all tensors descend together; the best end counts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ class RingMatrix(TensorizedDecomposition):
         return {"weight": weight} | {f"energy_{n + 1}": energy for n, energy in enumerate(spectrum)}
 
     def stage_weights(self, layer: LayerSpec, factors: Factors, ranks: Mapping[str, int]) -> list[Tensor]:
-        """The better end of two descents."""
+        """The best end of three descents."""
         weight, modes = factors["weight"], self._modes(layer, ranks)
         bonds = [ranks[name] for name in self.rank_names(layer)]
         tensor = interleaved(self.tensor(layer, weight, ranks)[0])
@@ -76,7 +77,7 @@ class RingMatrix(TensorizedDecomposition):
 
         ends = [
             descended(start, error, 3 * weight.numel() * max(bonds) ** 2)
-            for start in (_opened(tensor, modes, bonds), _ring(tensor, modes, bonds))
+            for start in (way(tensor, modes, bonds) for way in (_opened, _ring, _anywhere))
         ]
         return min(ends, key=lambda tensors: float(error([t.double() for t in tensors])))
 
@@ -90,19 +91,8 @@ class RingMatrix(TensorizedDecomposition):
 
 def _opened(tensor: Tensor, modes: Modes, bonds: Sequence[int]) -> list[Tensor]:
     """The train in the first slice of the closing bond, small noise in the others."""
-    closing = bonds[-1]
     cores = [core[0] for core in train(tensor[None], TtMatrix().bounds(modes))]
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    lefts, rights = [closing, *bonds[:-1]], bonds
-    for n, (core, i, o, left, right) in enumerate(zip(cores, *modes, lefts, rights, strict=True)):
-        scale = _NOISE * float(core.square().mean().sqrt())
-        whole = torch.randn(left, i, o, right, generator=generator, dtype=core.dtype) * scale
-        a, b = 1 if n == 0 else left, 1 if n == len(cores) - 1 else right
-        cut = core[:a, :, :b]
-        whole[: cut.shape[0], :, :, : cut.shape[2]] = cut.reshape(cut.shape[0], i, o, cut.shape[2])
-        found.append(whole)
-    return found
+    return _padded(cores, modes, bonds, 0)
 
 
 def _ring(tensor: Tensor, modes: Modes, bonds: Sequence[int]) -> list[Tensor]:
@@ -113,8 +103,21 @@ def _ring(tensor: Tensor, modes: Modes, bonds: Sequence[int]) -> list[Tensor]:
     with tensorly() as tl:
         full = [closing, bonds[0], *(min(b, tensor.numel()) for b in bonds[1:-1]), closing]
         cores = list(tl.decomposition.tensor_ring(tensor, rank=full))
-    found, generator = [], torch.Generator().manual_seed(1)
-    for core, i, o, left, right in zip(cores, *modes, [closing, *bonds[:-1]], bonds, strict=True):
+    return _padded(cores, modes, bonds, 1)
+
+
+def _anywhere(tensor: Tensor, modes: Modes, bonds: Sequence[int]) -> list[Tensor]:
+    """Nothing but noise, of a size that makes the ring about as large as the tensor."""
+    generator = torch.Generator().manual_seed(2)
+    size = float(tensor.square().mean() / math.prod(bonds)) ** (0.5 / len(bonds))
+    shapes = zip([bonds[-1], *bonds[:-1]], *modes, bonds, strict=True)
+    return [size * torch.randn(shape, generator=generator, dtype=tensor.dtype) for shape in shapes]
+
+
+def _padded(cores: Sequence[Tensor], modes: Modes, bonds: Sequence[int], seed: int) -> list[Tensor]:
+    """Cores (bond, pair of modes, bond) cut to a ring of these bonds; what they lack is small noise."""
+    found, generator = [], torch.Generator().manual_seed(seed)
+    for core, i, o, left, right in zip(cores, *modes, [bonds[-1], *bonds[:-1]], bonds, strict=True):
         scale = _NOISE * float(core.square().mean().sqrt())
         whole = torch.randn(left, i, o, right, generator=generator, dtype=core.dtype) * scale
         cut = core[:left, :, :right]

@@ -7,13 +7,14 @@ from importlib.metadata import entry_points
 
 from torch import nn
 
+from rankopt.kinds.capsules import Capsules
 from rankopt.kinds.convolution import CONVOLUTIONS
 from rankopt.kinds.embedding import Embedding
 from rankopt.kinds.kind import Kind
 from rankopt.kinds.linear import Linear
 from rankopt.layer_spec import LayerSpec
 
-_OWN: tuple[Kind, ...] = (Linear(), *CONVOLUTIONS, Embedding())
+_OWN: tuple[Kind, ...] = (Linear(), *CONVOLUTIONS, Embedding(), Capsules())
 
 
 @cache

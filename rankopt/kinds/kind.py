@@ -22,12 +22,15 @@ class Kind(ABC):
         classes: the modules of this kind. A subclass of one is found too, and left alone.
         linear: whether its output, at `tap`, is its input times its weight, so that a change of the weight has a
             predictable loss. Where not, outputs are gathered in calibration, and what a candidate changes there counts.
+        moments: whether, although not linear, it first multiplies its input (n, groups, in/groups) with its weight, so
+            that the input's second moments tell where weights matter.
         tokens: whether its inputs are row numbers of the weight.
     """
 
     name: str
     classes: tuple[type[nn.Module], ...] = ()
     linear: bool = True
+    moments: bool = False
     tokens: bool = False
 
     def matches(self, module: nn.Module) -> bool:

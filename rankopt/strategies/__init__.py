@@ -11,7 +11,8 @@ from rankopt.strategies.local import Local
 from rankopt.strategies.mixed import Mixed
 from rankopt.strategies.relinearize import Relinearize
 from rankopt.strategies.solved import Solved
-from rankopt.strategies.strategy import Strategy
+from rankopt.strategies.started import Started
+from rankopt.strategies.strategy import Setting, Strategy
 from rankopt.strategies.uniform import Energy, Uniform
 from rankopt.strategies.vbmf import Vbmf
 
@@ -28,3 +29,9 @@ def strategy(name: str) -> type[Strategy]:
     if name not in STRATEGIES:
         raise InputError(f"strategy: must be auto, {', '.join(STRATEGIES)}, got {name!r}")
     return STRATEGIES[name]
+
+
+def strategy_for(name: str, setting: Setting) -> Strategy:
+    """The strategy of this name made for a study, after the plans that the study starts with."""
+    way = strategy(name)
+    return Started(setting, way) if setting.start else way(setting)

@@ -1,6 +1,7 @@
 """`correct`: Optuna proposes a budget and corrections of the predicted losses, the integer program solves for the plan.
 
-About ten numbers whatever the network's depth: a budget, a logarithmic factor a stage and a method, and an exponent.
+About ten numbers whatever the network's depth: a budget, an exponent, and a logarithmic factor a stage, a role (layers
+of the same name in different blocks) and a method.
 Every other trial is asked for right at the limit, since that is where the answer lies.
 """
 

@@ -35,7 +35,7 @@ class Greedy(Strategy):
 
     def propose(self, standing: Standing) -> Proposal:
         """The next step of the ladder; afterwards the plans for the budgets of `solved`."""
-        known = {e.plan.digest for e in standing.entries}
+        known = standing.known
         if standing.number < len(self.ladder):
             return Proposal(self.alone(*self.ladder[standing.number]), self.name, probe=True)
         measured = {e.plan.digest: e.measurements.get("kl") for e in standing.entries}

@@ -15,9 +15,8 @@ import numpy as np
 from rankopt.plan import Plan
 from rankopt.space import Near
 from rankopt.strategies.fit import Fit
-from rankopt.strategies.strategy import Line, Proposal, Standing
+from rankopt.strategies.strategy import Line, Standing
 
-_TRIES = 24
 _SCATTER = 0.3  # of the logarithm of a candidate's loss
 _LARGEST = 8
 
@@ -26,21 +25,9 @@ class Local(Fit):
     """See above."""
 
     name: ClassVar[str] = "local"
+    tries: ClassVar[int] = 24
 
-    def propose(self, standing: Standing) -> Proposal:
-        """A step from one of the plans on the front; solved plans first."""
-        if standing.number < self.setting.first:
-            return Proposal(self.solved.at(standing.number), self.name)
-        self.learn(standing)
-        random = standing.random(self.setting.seed)
-        known = {e.plan.digest for e in standing.entries}
-        for _ in range(_TRIES):
-            plan = self.step(standing, random)
-            if plan is not None and plan.digest not in known:
-                return Proposal(plan, self.name)
-        return self.solved.propose(standing)
-
-    def step(self, standing: Standing, random: np.random.Generator) -> Plan | None:
+    def attempt(self, standing: Standing, random: np.random.Generator, number: int) -> Plan | None:
         """A plan near one on the front, whose cost lies between its own and that of the next dearer one."""
         space = self.space
         line = Line.of(space, standing.entries).front()

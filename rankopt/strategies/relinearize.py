@@ -38,7 +38,7 @@ class Relinearize(Fit):
         """A step from the present centre, or from a new one."""
         if standing.number < self.setting.first or self.setting.sensitivities is None:
             return super().propose(standing)
-        known = {e.plan.digest for e in standing.entries}
+        known = standing.known
         for _ in range(3 * _STEPS):
             plan = self._step(standing)
             if plan is None:

@@ -18,7 +18,7 @@ class Solved(Strategy):
 
     def propose(self, standing: Standing) -> Proposal:
         """The next budget whose plan is not known yet."""
-        known = {e.plan.digest for e in standing.entries}
+        known = standing.known
         for n in range(standing.number, standing.number + _TRIES):
             plan = self.at(n)
             if plan.digest not in known:

@@ -50,7 +50,15 @@ class Proposal:
 
     def to_dict(self) -> dict[str, Any]:
         """For the ledger; the plan stands elsewhere."""
-        return {"by": self.by, "numbers": dict(self.numbers), "marks": dict(self.marks)}
+        found = {"by": self.by, "numbers": dict(self.numbers), "marks": dict(self.marks)}
+        return found | ({"probe": True} if self.probe else {})
+
+    @classmethod
+    def from_dict(cls, plan: Plan, told: Mapping[str, Any]) -> Proposal:
+        """The reverse; of a trial that was not proposed by a strategy all but the plan is empty."""
+        return cls(
+            plan, told.get("by", ""), told.get("numbers", {}), told.get("marks", {}), bool(told.get("probe", False))
+        )
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,7 @@ class Setting:
         sampler: of `rankopt.sampling.SAMPLERS`, or auto.
         sensitivities: measures predicted losses anew around a plan; None where that can't be had.
         estimated: a group and a method → the share of its MACs at the ranks that EVBMF estimates.
+        start: plans that are measured before any is chosen; see `strategies.started`.
     """
 
     space: SearchSpace
@@ -80,6 +89,7 @@ class Setting:
     sampler: str = "auto"
     sensitivities: Sensitivities | None = None
     estimated: Callable[[Group, str], float] | None = None
+    start: Sequence[Plan] = ()
 
     @property
     def first(self) -> int:
@@ -92,12 +102,19 @@ class Standing:
     """What is known when a plan is asked for.
 
     Attributes:
-        number: how many trials there were.
+        number: how many trials there were, those under way included.
         entries: all measured plans, in order.
+        pending: digests of the plans that are being measured.
     """
 
     number: int
     entries: Sequence[Entry]
+    pending: frozenset[str] = frozenset()
+
+    @property
+    def known(self) -> set[str]:
+        """Digests of the plans that need not be proposed any more."""
+        return {e.plan.digest for e in self.entries} | self.pending
 
     def random(self, seed: int) -> np.random.Generator:
         """The same after the same trials, whether or not the study was interrupted."""
@@ -126,6 +143,10 @@ class Strategy(ABC):
     def told(self, proposal: Proposal, outcome: Told) -> None:  # noqa: B027  (most have nothing to learn here)
         """What became of a proposal (of this strategy, or of another one before a study was resumed)."""
 
+    def unused(self, proposal: Proposal) -> None:
+        """Nothing becomes of a proposal: something else is measured instead, or is being measured already."""
+        self.told(proposal, Told(proposal.numbers, None, {}, proposal.marks))
+
     def recall(self, history: Sequence[tuple[Proposal, Told]]) -> None:
         """Take in the trials of earlier runs, in order."""
         for proposal, outcome in history:
@@ -150,10 +171,13 @@ class Line:
     @classmethod
     def of(cls, space: SearchSpace, entries: Sequence[Entry]) -> Line:
         """Of those that are in the space and whose kl is known."""
-        found = [e for e in entries if e.measurements.get("kl") is not None and space.picks(e.plan) is not None]
-        costs = [float(space.shares(np.array(space.cost(e.plan) - space.fixed[space.quantity]))) for e in found]
-        kl = [float(e.measurements["kl"] or 0.0) for e in found]
-        return cls(found, np.array([*zip(kl, costs, strict=True)], float).reshape(-1, 2))
+        judged = [e for e in entries if e.measurements.get("kl") is not None]
+        pairs = [(e, picks) for e in judged if (picks := space.picks(e.plan)) is not None]
+        if not pairs:
+            return cls([], np.zeros((0, 2)))
+        found, picks = [e for e, _ in pairs], np.stack([p for _, p in pairs])
+        costs = space.shares(space.cost_of(picks) - space.fixed[space.quantity])
+        return cls(found, np.stack([[float(e.measurements["kl"] or 0.0) for e in found], costs], axis=1))
 
     def front(self) -> Line:
         """Those that no other one beats, from the most faithful on."""

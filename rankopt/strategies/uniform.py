@@ -27,7 +27,7 @@ class OneRule(Strategy):
 
     def propose(self, standing: Standing) -> Proposal:
         """The next budget and method whose plan is not known yet."""
-        known = {e.plan.digest for e in standing.entries}
+        known = standing.known
         methods = self.space.methods
         for n in range(standing.number, standing.number + 16 * max(len(methods), 1)):
             at, turn = divmod(n, max(len(methods), 1))

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
 
-from rankopt.errors import ConditionsError, InputError
+from rankopt.errors import ConditionsError, InputError, KilledError
 from rankopt.machine import device_lock
 from rankopt.measurement import Measurement
 from rankopt.targets.target import Subject, Target
@@ -175,7 +175,8 @@ class Command(Target):
             raise InputError(f"{where} can't be started: {getattr(error, 'strerror', None) or error}") from None
         if done.returncode != 0:
             said = next((line.strip() for line in done.stderr.splitlines() if line.strip()), "nothing on stderr")
-            raise InputError(f"{where} ended with status {done.returncode}: {said[:200]}")
+            kind = KilledError if done.returncode < 0 else InputError
+            raise kind(f"{where} ended with status {done.returncode}: {said[:200]}")
         lines = [line for line in done.stdout.splitlines() if line.strip()]
         return _answer(lines[-1] if lines else "", runs, where)
 

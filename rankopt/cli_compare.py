@@ -25,7 +25,10 @@ def compare(
     study: Study,
     methods: Annotated[
         str | None,
-        typer.Option(metavar="NAMES", help="E.g. svd,cp,tucker2; in place of those that the search space offers."),
+        typer.Option(
+            metavar="NAMES",
+            help="E.g. svd,tucker2 or cp+caps_cp,svd+caps_svd; else all that the search space offers.",
+        ),
     ] = None,
     levels: Annotated[
         str, typer.Option(metavar="SHARES", help="Of the dense model's cost, e.g. 0.5,0.35 or 50%,35%.")
@@ -58,6 +61,7 @@ def compare(
     rankopt compare studies/digits.yaml --methods svd,cp --levels 40% --by params
     rankopt compare studies/digits.yaml --target onnxruntime --out compared
     rankopt compare studies/digits.yaml --methods svd,svd_act --steps 300
+    rankopt compare studies/capsnet_digits.yaml --methods cp+caps_cp,svd+caps_svd
     """
     from rankopt.study_file import load_study
 

@@ -3,7 +3,8 @@
 For each level (a share of the dense MACs, parameters or latency) and each method the integer program gives the plan of
 least predicted loss that uses no other method; it is built, refitted and measured as in a trial. Layers that a method
 does not fit stay dense, but where there is no kernel to split (linear and 1×1 layers) most methods are the same as a
-matrix factorization, which then stands in (`Decomposition.pointwise`).
+matrix factorization, which then stands in (`Decomposition.pointwise`). Methods for different kinds of layers can be
+taken as one: ``cp+caps_cp`` has the one in convolutions and the other in capsules.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Row:
     Attributes:
         by: what is equal: "macs", "params" or "latency" (of the first target) or "latency@TARGET".
         level: the share of dense that was allowed.
-        method: its name, or "mixed".
+        method: its name, several with + between them, or "mixed".
         plan: None where there is none.
         values: what was measured: macs_kept, params_kept, kl, accuracy, latency_kept …; and with ``trained_`` in front,
             after recovery; with ``test_`` on test data.
@@ -86,9 +87,15 @@ def widened(space: Space, methods: Sequence[str]) -> Space:
 
     What stands in for them on layers without a kernel is among them. Raises `LayerError` for an unknown method.
     """
-    known = [*methods, *(method(name).pointwise for name in methods)]
+    parts = [part for name in methods for part in parts_of(name)]
+    known = [*parts, *(method(part).pointwise for part in parts)]
     rules = [rule if rule.methods is None else rule.model_copy(update={"methods": None}) for rule in space.rules]
     return space.model_copy(update={"methods": list(dict.fromkeys(known)), "rules": rules})
+
+
+def parts_of(name: str) -> list[str]:
+    """The methods that a name joins by +."""
+    return name.split("+")
 
 
 def compare(
@@ -105,7 +112,7 @@ def compare(
     Args:
         search: gives candidates, refit, data and targets; its limits and trials play no part. For methods that its
             space does not offer, make it with a `widened` one.
-        methods: which; all that have candidates when None.
+        methods: which; all that have candidates when None. Those joined by + count as one.
         levels: shares of the dense model's cost in (0, 1].
         by: "macs", "params", "latency", "latency@TARGET"; macs, params and, where there are targets, the latency of
             the first when None.
@@ -121,14 +128,15 @@ def compare(
     for level in levels:
         if not 0 < level <= 1:
             raise InputError(f"levels: each is a share of dense above 0 and at most 1, got {level:g}")
-    for name in names:
-        if name not in offered:
-            raise InputError(f"methods: {name} has no candidate here{_refusal(search.groups, name)}")
+    single = list(dict.fromkeys(part for name in names for part in parts_of(name)))
+    for part in single:
+        if part not in offered:
+            raise InputError(f"methods: {part} has no candidate here{_refusal(search.groups, part)}")
     if search.targets:
         search.devices.prepare(search.groups, search.tell)
     search.evaluator.use(search.devices)
-    only = {name: _only(search.groups, [name]) for name in names}
-    together = _only(search.groups, names)
+    only = {name: _only(search.groups, parts_of(name)) for name in names}
+    together = _only(search.groups, single)
     measured: dict[str, dict[str, float]] = {}
     rows: list[Row] = []
     for quantity in quantities:
@@ -138,7 +146,7 @@ def compare(
                 rows.append(_row(search, quantity, level, name, groups, measured, test, train))
     plans = [row.plan for row in rows if row.method == MIXED and row.plan is not None]
     uses = [choice.method for plan in plans for choice in plan.changed().values()]
-    chosen = {name: uses.count(name) for name in names}
+    chosen = {part: uses.count(part) for part in single}
     dense = dict(search.evaluator.dense)
     if test and search.tests is not None:
         dense |= {f"test_{k}": v for k, v in search.measure(search.model, "test").items()}

@@ -74,7 +74,7 @@ def tables(found: Comparison) -> list[Table]:
     for by in dict.fromkeys(row.by for row in found.rows):
         table = Table(box=None, pad_edge=False, header_style="bold", title=f"at equal {by}", title_justify="left")
         table.add_column("level", justify="right", no_wrap=True)
-        table.add_column("method", no_wrap=True)
+        table.add_column("method", overflow="fold", min_width=15)
         for key in keys:
             table.add_column(_COLUMNS[key], justify="right", no_wrap=True)
         table.add_row("", "dense", *(shown(key, _dense(found, key)) for key in keys), style="dim")
@@ -167,7 +167,8 @@ def head_of(file: StudyFile, command: str) -> list[str]:
 def _chart(found: Comparison, by: str, quality: str, before: str) -> Chart:
     cost = f"{by.partition('@')[0]}_kept" + (f"@{label}" if (label := by.partition("@")[2]) else "")
     key, series = f"{before}{quality}", []
-    for number, name in enumerate([*found.chosen, MIXED]):
+    names = dict.fromkeys(row.method for row in found.rows if row.method != MIXED)
+    for number, name in enumerate([*names, MIXED]):
         own = [r for r in found.rows if r.by == by and r.method == name and key in r.values and cost in r.values]
         own.sort(key=lambda row: row.values[cost])
         if own:

@@ -43,6 +43,10 @@ class TestTucker2Act(DecompositionContract):
     method = "tucker2_act"
 
 
+class TestCpAct(DecompositionContract):
+    method = "cp_act"
+
+
 class Net(nn.Module):
     """Convolutions, one of them pointwise, and a linear layer on positions: for (n, 3, 6, 6)."""
 

@@ -54,6 +54,10 @@ class TestReluTucker(_Contract):
     method = "relu_tucker"
 
 
+class TestReluCp(_Contract):
+    method = "relu_cp"
+
+
 class TestSinSvd(_Contract):
     method = "sin_svd"
 

@@ -37,7 +37,7 @@ class Activated(ChainDecomposition):
     def __init__(self, inner: ChainDecomposition) -> None:
         self.inner = inner
         self.name = f"{inner.name}_act"
-        self.twin = inner.name
+        self.twin, self.pointwise = inner.name, f"{inner.pointwise}_act"
         self.sliceable, self.exact = inner.sliceable, inner.exact
 
     def why_not(self, layer: LayerSpec) -> str | None:

@@ -75,7 +75,7 @@ def compare(
 
     if names is not None:
         file = file.model_copy(update={"space": comparison.widened(file.load_space(), names)})
-    file = file.model_copy(update={"limits": [], "objectives": []})
+    file = file.model_copy(update={"limits": [], "objectives": [], "start": []})
     with watched(file, None, None, None, quiet) as progress:
         run = Search.from_study(file, targets=targets, seed=seed)
         run.progress = progress

@@ -17,6 +17,7 @@ from rankopt.cli import main
 from rankopt.comparison import MIXED, Comparison, Row, compare, widened
 from rankopt.comparison_files import charts_of, flat, markdown, ranked, sentences, tables, write
 from rankopt.errors import InputError, LayerError
+from rankopt.nn.capsules import CapsuleLayer, PrimaryCapsules
 from rankopt.plan import LayerChoice, Plan
 from rankopt.search import Search
 from rankopt.space_file import load_space
@@ -93,6 +94,46 @@ def test_mixed_is_predicted_to_lose_least_and_each_is_the_optimum(search: Search
                     groups.append(rankopt.allocate.Choices(g.losses[kept].clip(0), costs))
                 best = allocate(groups, {by: level * total - fixed})
                 assert own[name] == pytest.approx(best.loss, rel=1e-3, abs=1e-9)
+
+
+def test_methods_joined_by_plus_count_as_one(search: Search) -> None:
+    rows = compare(search, ["spatial_svd", "tucker2", "spatial_svd+tucker2"], (0.4,), ["macs"])
+    lost = {r.method: search.space.predicted(r.plan) for r in rows.rows if r.plan}
+    assert list(lost) == ["spatial_svd", "tucker2", "spatial_svd+tucker2", MIXED]
+    assert lost["spatial_svd+tucker2"] <= min(lost["spatial_svd"], lost["tucker2"]) * 1.001
+    assert lost["spatial_svd+tucker2"] == pytest.approx(lost[MIXED], rel=1e-3)
+    assert list(rows.chosen) == ["spatial_svd", "tucker2"]
+    with pytest.raises(InputError, match="methods: cp has no candidate here"):
+        compare(search, ["svd+cp"], (0.4,))
+
+
+def test_methods_for_capsules_beside_those_for_convolutions() -> None:
+    class CapsNet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.primary = nn.Conv2d(1, 8, 3), PrimaryCapsules(8, 2, 4, 3, stride=2)
+            self.caps = CapsuleLayer(8, 4, 5, 4, iterations=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.caps(self.primary(torch.relu(self.conv(x)))).norm(dim=-1)
+
+    torch.manual_seed(0)
+    data = rankopt.batches.as_batches(torch.randn(40, 1, 8, 8), batch_size=20)
+    space = widened(load_space({"keep": [0.3, 0.6]}), ["svd+caps_svd", "svd"])
+    run = Search(CapsNet().eval(), torch.zeros(1, 1, 8, 8), calibration=data, space=space, cache=False)
+    rows = {r.method: r.plan for r in compare(run, ["svd+caps_svd", "svd"], (0.7,), ["params"]).rows}
+    assert rows["svd+caps_svd"] is not None
+    assert rows["svd"] is not None
+    assert rows["svd+caps_svd"]["caps"].method == "caps_svd"
+    assert rows["svd"]["caps"].method == "dense"
+
+
+def test_activations_stand_in_for_activations(search: Search) -> None:
+    """What takes the place of a method that needs a kernel is as nonlinear as it is."""
+    run = made(widened(load_space(SPACE), ["spatial_svd_act"]))
+    (row, _) = compare(run, ["spatial_svd_act"], (0.4,), ["macs"]).rows
+    assert row.plan is not None
+    assert set(row.plan.methods()) - {"dense"} == {"spatial_svd_act", "svd_act"}
 
 
 def test_what_was_chosen_and_what_never(found: Comparison) -> None:

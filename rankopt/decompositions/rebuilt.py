@@ -241,7 +241,7 @@ def _descended(start: list[Tensor], error: Callable[[Sequence[Tensor]], Tensor],
                 best, least = [f.detach().to(s, copy=True) for f, s in zip(moving, start, strict=True)], value
             return loss
 
-        method.step(closure)  # type: ignore[no-untyped-call]
+        method.step(closure)
     return best
 
 

@@ -22,8 +22,7 @@ class Slopes(nn.Module):
 
     def __init__(self, channels: int, dims: int, like: Tensor | None = None) -> None:
         super().__init__()
-        where = {} if like is None else {"dtype": like.dtype, "device": like.device}
-        self.weight = nn.Parameter(torch.ones(channels, **where))
+        self.weight = nn.Parameter(torch.ones(channels) if like is None else like.new_ones(channels))
         self.dims = dims
 
     @property

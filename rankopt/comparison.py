@@ -150,8 +150,16 @@ def compare(
     dense = dict(search.evaluator.dense)
     if test and search.tests is not None:
         dense |= {f"test_{k}": v for k, v in search.measure(search.model, "test").items()}
-    notes = [f"{row.method} at {row.level:.0%} of {row.by}: {row.missing}" for row in rows if row.missing]
-    return Comparison(rows, dense, chosen, len(plans), [*notes, *search.notes()], search.devices.conditions)
+    return Comparison(rows, dense, chosen, len(plans), [*_missing(rows), *search.notes()], search.devices.conditions)
+
+
+def _missing(rows: Sequence[Row]) -> list[str]:
+    """Why there are no plans, a line for all levels of which the same is true."""
+    levels: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if row.missing:
+            levels.setdefault((row.by, row.method, row.missing), []).append(f"{row.level:.0%}")
+    return [f"{name} at {', '.join(own)} of {by}: {missing}" for (by, name, missing), own in levels.items()]
 
 
 def _quantities(search: Search, by: Sequence[str] | None) -> dict[str, str]:

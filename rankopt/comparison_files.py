@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,7 +68,10 @@ def columns_of(found: Comparison) -> list[str]:
 
 
 def tables(found: Comparison) -> list[Table]:
-    """A table for each quantity, within 80 columns as far as that is possible; the best of each level first."""
+    """A table for each quantity, within 80 columns as far as that is possible; the best of each level first.
+
+    What no plan reaches has no row; `Comparison.notes` says so.
+    """
     out = []
     keys = [k for k in columns_of(found) if k not in ("trained_kl", "trained_test_accuracy")]
     for by in dict.fromkeys(row.by for row in found.rows):
@@ -79,7 +82,7 @@ def tables(found: Comparison) -> list[Table]:
             table.add_column(_COLUMNS[key], justify="right", no_wrap=True)
         table.add_row("", "dense", *(shown(key, _dense(found, key)) for key in keys), style="dim")
         for row in ranked(found, by):
-            style = "bold" if row.method == MIXED else "dim" if row.plan is None else ""
+            style = "bold" if row.method == MIXED else ""
             table.add_row(
                 f"{row.level:.0%}", row.method, *(shown(key, row.values.get(key)) for key in keys), style=style
             )
@@ -97,8 +100,9 @@ def sentences(found: Comparison) -> list[str]:
 
 
 def ranked(found: Comparison, by: str) -> list[Row]:
-    """The rows of a quantity: level by level from the highest, the best first, those without a plan last."""
-    return sorted((row for row in found.rows if row.by == by), key=lambda row: (-row.level, *_badness(row)))
+    """The plans of a quantity: level by level from the highest, the best first. Why some are missing, notes say."""
+    rows = [row for row in found.rows if row.by == by and row.plan is not None]
+    return sorted(rows, key=lambda row: (-row.level, *_badness(row)))
 
 
 def markdown(found: Comparison, title: str, head: Sequence[str] = ()) -> str:
@@ -194,11 +198,11 @@ def shown(key: str, value: float | None) -> str:
 
 
 def _badness(row: Row) -> tuple[float, ...]:
-    values: Mapping[str, float] = row.values
+    values = row.values
     for key, sign in (("trained_accuracy", -1), ("trained_kl", 1), ("accuracy", -1), ("kl", 1)):
         if key in values:
-            return (0.0, sign * values[key], values.get("kl", 0.0))
-    return (1.0, 0.0, 0.0)
+            return sign * values[key], values.get("kl", 0.0)
+    return (0.0,)
 
 
 def _dense(found: Comparison, key: str) -> float | None:

@@ -330,6 +330,23 @@ def test_exports(built: tuple[nn.Module, nn.Module, Plan], name: str, tmp_path: 
     assert record["any_batch"]
 
 
+@pytest.mark.parametrize("name", REBUILT)
+def test_an_onnx_file_holds_the_factors_and_not_their_product(name: str, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    net = nn.Sequential(nn.Conv2d(12, 16, 3), nn.ReLU(), nn.Conv2d(16, 12, 3))
+    (_, layer) = find_layers(net, torch.randn(1, 12, 6, 6))
+    small = apply(
+        net, Plan({"2": LayerChoice(name, {n: min(b, 3) for n, b in method(name).rank_bounds(layer).items()})})
+    )
+    rankopt.export(small, tmp_path, ["onnx"], torch.randn(2, 12, 6, 6))
+    held = sum(int(np.prod(i.dims)) for i in onnx.load(tmp_path / "model.onnx").graph.initializer)
+    own = sum(p.numel() for p in small.parameters())
+    assert own < sum(p.numel() for p in net.parameters()) / 1.4
+    assert own <= held < own + 40  # shapes
+
+
 def test_a_search_for_storage_chooses_them() -> None:
     """Parameters fall below the limit while MACs rise; what is stated is what the built model has."""
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from rankopt import cli_recovery, cli_show, cli_status, saved_verbs
+from rankopt import cli_compare, cli_recovery, cli_show, cli_status, saved_verbs
 from rankopt.cli_options import (
     Address,
     Cpus,
@@ -64,6 +64,7 @@ def rankopt(
     rankopt bench  STUDY             measure it beside the dense model
     rankopt recover DIR --study S    fine-tune what was written
     rankopt report STUDY --out FILE  all of it as one HTML page
+    rankopt compare STUDY            every method alone at equal cost
 
     \b
     Exit status: 0 done; 1 a fault of rankopt itself, or nobody reads its
@@ -286,6 +287,7 @@ app.command()(saved_verbs.verify)
 app.command()(saved_verbs.diff)
 for verb in (cli_status.status, cli_show.report, cli_show.plot, cli_show.trials):
     app.command()(verb)
+app.command()(cli_compare.compare)
 app.command()(cli_recovery.recover)
 app.command()(cli_recovery.compress)
 

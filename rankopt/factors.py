@@ -54,6 +54,8 @@ class Factors:
     def __call__(self, layer: LayerSpec, choice: LayerChoice) -> list[Tensor]:
         """Stage weights for the choice; may raise `RefusedDecomposition`."""
         way = method(choice.method)
+        if way.twin:
+            return self(layer, LayerChoice(way.twin, choice.ranks))
         key = f"{layer.name}|{choice.method}|{sorted(choice.ranks.items())}"
         if not way.sliceable and key in self._spool:
             return [t for _, t in sorted(self._spool.get(key).items())]
@@ -92,10 +94,11 @@ class Factors:
 
     def full(self, layer: LayerSpec, name: str) -> dict[str, Tensor]:
         """The prepared factorization that serves all ranks."""
+        name = method(name).twin or name
         key = f"{layer.name}|{name}"
         if key not in self._spool:
             factors = method(name).factorize(layer, self.weight(layer), self.metric(layer.name))
-            self._spool.put(key, {name: _own(tensor) for name, tensor in factors.items()})
+            self._spool.put(key, {part: _own(tensor) for part, tensor in factors.items()})
         return self._spool.get(key)
 
 

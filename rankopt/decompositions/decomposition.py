@@ -42,6 +42,8 @@ class Decomposition(ABC):
             (`distil`), its loss is that of the outputs, and the prediction from weights does not apply.
         saves: the costs that shares of a layer are of: macs, params, or both (each gives candidates). Where a layer
             takes no MACs it is params.
+        twin: the method that has the same factors and tensors ("": none), so that they are computed once.
+        pointwise: the method that this one is, or comes closest to, on layers without a kernel.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Decomposition(ABC):
     linear: bool = True
     needs_recovery: bool = False
     saves: tuple[str, ...] = ("macs",)
+    twin: str = ""
+    pointwise: str = "svd"
 
     @abstractmethod
     def why_not(self, layer: LayerSpec) -> str | None:
@@ -117,6 +121,10 @@ class Decomposition(ABC):
         bias = getattr(built, "bias", None)
         return bias if isinstance(bias, Tensor) else None
 
+    def bent(self, built: nn.Module) -> str | None:
+        """Why no dense weight computes what a built module computes as it is now; None where one does."""
+        return None if self.linear else "it is not linear"
+
     def last(self, built: nn.Module) -> nn.Module | None:
         """The Linear or convolution within a built module whose output is the module's, so that it can be refitted in
         closed form; None where there is none."""
@@ -170,8 +178,6 @@ def one_channel(layer: LayerSpec) -> str | None:
     if layer.dims == 0 and layer.kind not in MATRICES:
         return f"a layer of kind {layer.kind} is more than one matrix"
     _, o, i, *_ = layer.group_shape
-    if layer.dims == 0 and layer.kind not in ("linear", "embedding"):
-        return f"{layer.kind} is more than one linear map"
     if o == 1 or i == 1:
         side = "input" if i == 1 else "output"
         return f"one {side} channel{' a group' if layer.groups > 1 else ''} leaves nothing to split"

@@ -160,16 +160,14 @@ def main() -> None:
     effort = Effort(seconds=given.seconds, repeats=0)
     on = [make("torch", {"threads": 1})]
     measured = bench(study.dense, nets, (study.x,), targets=on, effort=effort, memory=given.memory)
-    lines += [
-        "",
-        "Latency of one window in PyTorch, as a ratio to the dense network's (quartiles), and peak memory:",
-        "",
-    ]
-    lines += ["| network | latency | quartiles | memory, MiB | noisy |", "|---" * 5 + "|"]
+    heads = ["network", "latency", "quartiles", *["memory, MiB"] * given.memory, "noisy"]
+    told = "Latency of one window in PyTorch, as a ratio to the dense network's (quartiles)"
+    lines += ["", f"{told}, and peak memory:" if given.memory else f"{told}:", ""]
+    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in measured:
-        held = "" if row["memory_mib"] is None else f"{row['memory_mib']:.1f}"
         ratio, low, high = (f"{row[f'latency_kept{q}']:.2f}" for q in ("", "_low", "_high"))
-        lines.append(f"| {row['model']} | {ratio} | {low} to {high} | {held} | {row['noisy'] or ''} |")
+        held = [f"{row['memory_mib']:.1f}"] if given.memory else []
+        lines.append(f"| {' | '.join([row['model'], ratio, f'{low} to {high}', *held, row['noisy'] or ''])} |")
     write_record(lines, RECORDS / f"attention_{given.which}.md" if given.record else None)
 
 

@@ -36,12 +36,15 @@ class Chain:
         return method(self.choice.method).weights_of(self.layer, self.choice.ranks, self.modules)
 
     @property
-    def linear(self) -> bool:
-        """Whether it has a product that computes the same, however it was trained."""
-        return method(self.choice.method).linear
+    def bent(self) -> str | None:
+        """Why no product computes the same, as it is now; None where one does."""
+        return method(self.choice.method).bent(self.modules)
 
     def product(self) -> Tensor:
-        """The dense weight (groups, out, in, *kernel) that it computes with; gradients reach all factors."""
+        """The dense weight (groups, out, in, *kernel) that it computes with; gradients reach all factors.
+
+        Activations between stages are passed over.
+        """
         return method(self.choice.method).reconstruct(self.layer, self.weights())
 
     def components(self) -> list[Tensor]:
@@ -96,12 +99,12 @@ def merged(dense: nn.Module, model: nn.Module, plan: Plan) -> nn.Module:
 
     Raises:
         PlanError: the model was not made by this plan.
-        LayerError: what stands in the place of a layer is not linear.
+        LayerError: no dense layer computes what stands in the place of one; says why.
     """
     found = chains(dense, model, plan)
     for chain in found:
-        if not chain.linear:
-            raise LayerError(f"{chain.layer.name}: {chain.choice} is not linear, so no dense layer computes the same")
+        if (why := chain.bent) is not None:
+            raise LayerError(f"{chain.layer.name}: no dense layer computes what {chain.choice} does now: {why}")
     result, state = copy.deepcopy(dense), model.state_dict()
     with torch.no_grad():
         for chain in found:

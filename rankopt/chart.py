@@ -18,6 +18,14 @@ _METHODS = {
     "cp": "#cc79a7",
     "tensor_train": "#d55e00",
     "tensor_ring": "#7a5ea8",
+    "svd_act": "#003f66",
+    "spatial_svd_act": "#00523c",
+    "tucker2_act": "#8c6200",
+    "cp_act": "#8f3f6d",
+    "relu_svd": "#4f6d8f",
+    "relu_tucker": "#b5892b",
+    "relu_cp": "#b06c8c",
+    "sin_svd": "#2a9fa0",
 }
 _OTHERS = ("#4b7f52", "#b04a76", "#3f5fa8", "#8c5a3c", "#2f8f9d")
 

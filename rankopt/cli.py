@@ -11,10 +11,14 @@ from typing import Annotated
 
 import typer
 
-from rankopt import cli_recovery, cli_show, cli_status, saved_verbs
+from rankopt import cli_compare, cli_recovery, cli_show, cli_status, saved_verbs
 from rankopt.cli_options import (
+    Address,
+    Cpus,
+    Executor,
     Exports,
     Force,
+    Gpus,
     Json,
     Limits,
     Quiet,
@@ -22,6 +26,7 @@ from rankopt.cli_options import (
     Storage,
     Study,
     Targets,
+    Workers,
     asked,
     repeated,
     storage_of,
@@ -59,6 +64,7 @@ def rankopt(
     rankopt bench  STUDY             measure it beside the dense model
     rankopt recover DIR --study S    fine-tune what was written
     rankopt report STUDY --out FILE  all of it as one HTML page
+    rankopt compare STUDY            every method alone at equal cost
 
     \b
     Exit status: 0 done; 1 a fault of rankopt itself, or nobody reads its
@@ -127,6 +133,11 @@ def search(
     patience: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="End after N trials by which the front did not grow.")
     ] = None,
+    executor: Executor = None,
+    workers: Workers = None,
+    address: Address = None,
+    cpus_per_trial: Cpus = None,
+    gpus_per_trial: Gpus = None,
     force: Force = False,
     exports: Exports = None,
     target: Targets = None,
@@ -147,12 +158,16 @@ def search(
     rankopt search studies/digits.yaml --target torch --limit 'latency<=0.6x'
     rankopt search studies/digits.yaml --strategy correct --sampler nsga2
     rankopt search studies/digits.yaml --start plan.yaml --start other.yaml:12
+    rankopt search studies/digits.yaml --executor ray --workers 2
     """
     from rankopt.tables import front_row, front_table
 
     given = asked(study, limit, storage, target)
     limits, targets, url = given.limits, given.targets, given.storage
     file = given.file.choosing(strategy, sampler).ending(time_limit, patience).starting_with(start)
+    file = file.carried_out_by(
+        name=executor, workers=workers, address=address, cpus_per_trial=cpus_per_trial, gpus_per_trial=gpus_per_trial
+    )
     file.starting_plans("--start: " if start else None)  # refused before anything is prepared
     if exports and out is None:
         raise InputError("--export: needs --out DIR, where the files are written")
@@ -272,6 +287,7 @@ app.command()(saved_verbs.verify)
 app.command()(saved_verbs.diff)
 for verb in (cli_status.status, cli_show.report, cli_show.plot, cli_show.trials):
     app.command()(verb)
+app.command()(cli_compare.compare)
 app.command()(cli_recovery.recover)
 app.command()(cli_recovery.compress)
 

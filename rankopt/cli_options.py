@@ -44,6 +44,16 @@ Shape = Annotated[
     typer.Option("--input", metavar="SHAPE", help="E.g. 1x3x32x32 or 1x16:int64, in place of the study's."),
 ]
 
+Executor = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Where trials run: local (this process) or ray (workers).")
+]
+Workers = Annotated[int | None, typer.Option(min=1, metavar="N", help="How many trials at once, with ray.")]
+Address = Annotated[
+    str | None, typer.Option(metavar="ADDR", help="Of a Ray cluster: auto or HOST:PORT; else one is begun here.")
+]
+Cpus = Annotated[float | None, typer.Option("--cpus-per-trial", metavar="X", help="Processors of a trial, with ray.")]
+Gpus = Annotated[float | None, typer.Option("--gpus-per-trial", metavar="X", help="GPUs of a trial, with ray.")]
+
 
 @dataclass(frozen=True)
 class Asked:

@@ -181,6 +181,30 @@ class Devices:
             values |= {MEMORY: found.value, "memory_kept": found.value / self.dense[MEMORY]}
         return self._aliased(values)
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether all of it is measured on other machines, so that this one may do something else meanwhile."""
+        return all(la.target.elsewhere for la in self.latencies)
+
+    @property
+    def nodes(self) -> dict[str, str]:
+        """Target → where something was measured on it last, of those that are elsewhere."""
+        return {la.label: node for la in self.latencies if (node := la.target.node) is not None}
+
+    def unwanted(self, so: bool) -> None:
+        """Whether what another thread measures `apart` is to be given up."""
+        for latency in self.latencies:
+            latency.target.unwanted(so)
+
+    def apart(self, plan: Plan) -> list[dict[str, Measurement]]:
+        """Measure what is not known of a plan, for `keep`; a thread may, while another does all the rest."""
+        return [la.apart(plan, self.memory and n == 0) for n, la in enumerate(self.latencies)]
+
+    def keep(self, plan: Plan, found: Sequence[Mapping[str, Measurement]]) -> None:
+        """Keep what was measured `apart`: `measured` finds it."""
+        for latency, one in zip(self.latencies, found, strict=True):
+            latency.keep(plan, one)
+
     def measure_all(self, plans: Sequence[Plan]) -> None:
         """Measure the latency of plans side by side, which takes less time than one after the other."""
         for latency in self.latencies:

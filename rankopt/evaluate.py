@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +53,19 @@ class Evaluation:
     notes: dict[str, float] = field(default_factory=dict)
 
 
+class Evaluate(Protocol):
+    """What measures a plan, such as an `Evaluator`."""
+
+    def __call__(
+        self,
+        plan: Plan,
+        limits: Sequence[Limit],
+        worth: Callable[[Mapping[str, float]], bool] = ...,
+        known: Mapping[str, float] | None = None,
+    ) -> Evaluation:
+        """Measure."""
+
+
 class Evaluator:
     """Measures plans of one model.
 
@@ -68,6 +83,9 @@ class Evaluator:
         devices: where latency and memory are measured, or None.
         fast: how trials run models; `build` and `quality` are exact unless asked.
         recovery: trains a built module a little, ``recovery(built, dense, plan) -> module``, or None.
+
+    Attributes:
+        device: what the model is on, "cpu" or "cuda".
     """
 
     def __init__(
@@ -93,7 +111,7 @@ class Evaluator:
         self.bn = bn if has_batch_norm(model) else "off"
         self.bn_batches = list(bn_batches)
         self.devices: Devices | None = None
-        self.fast, self._device = fast, device_of(model)
+        self.fast, self.device = fast, device_of(model)
         # A user's own metric sees batches as they came; else pieces whose activations fit the processor's caches.
         pieces = self.validation if callable(metric) else [p for b in self.validation for p in cut(b, _PIECE)]
         self._pieces, self._fast_pieces = pieces, fast.batches(pieces)
@@ -151,7 +169,7 @@ class Evaluator:
             batches = self._fast_pieces if quick else self._pieces
         kl: list[Tensor] = []
         correct: list[Tensor] = []
-        with inference(module), (self.fast if quick else EXACT).on(self._device):
+        with inference(module), (self.fast if quick else EXACT).on(self.device):
             for batch, wanted in zip(batches, dense, strict=True):
                 output = pick(module(*batch.args, **batch.kwargs))
                 kl.append(self.divergence.between(wanted, output))
@@ -189,30 +207,53 @@ class Evaluator:
                 of building the plan.
         """
         start = time.perf_counter()
-        measured = self.costs(plan)
-        if self.devices is not None:
-            measured |= self.devices.predicted(plan)
-        stopped = self._broken(measured, limits) or self._hopeless(plan, limits)
-        if stopped:
-            return self._ended(measured, limits, stopped, {}, start)
-        notes: dict[str, float] = {}
-        if known is None:
-            quality, notes["bn"] = self._judged(plan)
-        else:
-            quality, notes["bn"] = {k: v for k, v in known.items() if k != "bn"}, known.get("bn", 0.0)
-        measured |= quality
+        early = self.early(plan, limits)
+        if early is not None:
+            return early
+        known = self.judge(plan) if known is None else known
+        measured = self._known(plan, known)
         stopped = self._broken(measured, limits)
         if self.devices is not None and not stopped and worth(measured):
             measured |= self.devices.measured(plan)
             stopped = self._broken(measured, limits)
-        return self._ended(measured, limits, stopped, notes, start)
+        return self._ended(measured, limits, stopped, {"bn": known.get("bn", 0.0)}, start)
 
-    def _judged(self, plan: Plan) -> tuple[dict[str, float], float]:
-        """Quality of the built model, and whether batch norm was recalibrated for it."""
-        found = self._judged_once(plan, quick=True)
+    def early(self, plan: Plan, limits: Sequence[Limit]) -> Evaluation | None:
+        """What comes out if a limit is broken by what is known before anything is built; None if none is."""
+        start = time.perf_counter()
+        measured = self._known(plan, {})
+        stopped = self._broken(measured, limits) or self._hopeless(plan, limits)
+        return self._ended(measured, limits, stopped, {}, start) if stopped else None
+
+    def judge(self, plan: Plan) -> dict[str, float]:
+        """Quality of the built model, and ``bn``: whether batch norm was recalibrated for it. Needs no device."""
+        found, bn = self._judged_once(plan, quick=True)
         # weights that nearly cancel can come out wrong in few digits
-        exact = self.fast.bfloat16 and found[0]["kl"] > _LOST
-        return self._judged_once(plan, quick=False) if exact else found
+        if self.fast.bfloat16 and found["kl"] > _LOST:
+            found, bn = self._judged_once(plan, quick=False)
+        return {**found, "bn": bn}
+
+    def to_measure(
+        self,
+        plan: Plan,
+        limits: Sequence[Limit],
+        worth: Callable[[Mapping[str, float]], bool],
+        known: Mapping[str, float],
+    ) -> bool:
+        """Whether a call with the same arguments would go on to the devices."""
+        measured = self._known(plan, known)
+        return bool(self.devices) and not self._broken(measured, limits) and worth(measured)
+
+    def travelling(self) -> Evaluator:
+        """The same without its devices: all that `judge` needs, to be sent to another process."""
+        other = copy.copy(self)
+        other.devices = None
+        return other
+
+    def _known(self, plan: Plan, known: Mapping[str, float]) -> dict[str, float]:
+        """Costs, predictions, and what is known of the quality."""
+        predicted = {} if self.devices is None else self.devices.predicted(plan)
+        return self.costs(plan) | predicted | {k: v for k, v in known.items() if k != "bn"}
 
     def _judged_once(self, plan: Plan, quick: bool) -> tuple[dict[str, float], float]:
         built = self.build(plan, bn=False if self.bn == "auto" else None, quick=quick)

@@ -57,6 +57,8 @@ class Factors:
     def __call__(self, layer: LayerSpec, choice: LayerChoice) -> list[Tensor]:
         """Stage weights for the choice; may raise `RefusedDecomposition`."""
         way = method(choice.method)
+        if way.twin:
+            return self(layer, LayerChoice(way.twin, choice.ranks))
         key = f"{layer.name}|{choice.method}|{sorted(choice.ranks.items())}"
         if not way.sliceable and key in self._spool:
             return [t for _, t in sorted(self._spool.get(key).items())]
@@ -96,12 +98,13 @@ class Factors:
 
     def full(self, layer: LayerSpec, name: str) -> dict[str, Tensor]:
         """The prepared factorization that serves all ranks."""
+        name = method(name).twin or name
         key = f"{layer.name}|{name}"
         if key not in self._spool:
             calls = self.samples.get(layer.name) if self._informed else None
             metric = replace(self.metric(layer.name), calls=calls)
             factors = method(name).factorize(layer, self.weight(layer), metric)
-            self._spool.put(key, {name: _own(tensor) for name, tensor in factors.items()})
+            self._spool.put(key, {part: _own(tensor) for part, tensor in factors.items()})
         return self._spool.get(key)
 
 

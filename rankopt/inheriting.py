@@ -6,8 +6,9 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from rankopt.errors import reason_of
+from rankopt.evaluate import Evaluate
 from rankopt.ledger import EXCESS, NOTES, PLAN, PLAN_DIGEST, PROPOSAL, REASON, VALUES, Judged, layer_parameters
-from rankopt.loop import Evaluate, Loop
+from rankopt.loop import Loop
 from rankopt.strategies.strategy import Proposal
 from rankopt.worth import told_values
 

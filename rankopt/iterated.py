@@ -18,6 +18,7 @@ from torch import nn
 
 from rankopt import artifact
 from rankopt.chains import merged
+from rankopt.decompositions import method
 from rankopt.errors import ArtifactError, InputError
 from rankopt.limits import Limit
 from rankopt.plan import Plan
@@ -92,6 +93,8 @@ def compress(
         raise InputError("stages: need a limit on a cost, which is approached step by step; give e.g. macs<=30%")
     place = folder or beside(out)
     original = Recovery(file, seed=seed)
+    if stages > 1:
+        _check_linear(original.search)
     dense = dict(original.judge.dense)
     current: nn.Module | None = None
     told: list[dict[str, Any]] = []
@@ -134,6 +137,18 @@ def compress(
     if folder is None:
         shutil.rmtree(place, ignore_errors=True)
     return {**written, "stages": told}
+
+
+def _check_linear(search: Search) -> None:
+    """Refuse, before anything is trained, methods that can't be put back into the dense shape after training."""
+    spaces = search.spaces.values()
+    offered = {name for s in spaces if not s.dense for name in (*s.methods, *(e["method"] for e in s.explicit))}
+    bent = sorted(name for name in offered if not method(name).linear)
+    if bent:
+        raise InputError(
+            f"stages: between two of them a model is put back into the dense shape, which layers of {', '.join(bent)}"
+            " can't be after training; leave them out of the search space, or take one stage"
+        )
 
 
 def _named(limit: Limit) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import nn
 
 from rankopt.candidates import Group, random_plans
 from rankopt.decompositions import method
-from rankopt.errors import InputError
+from rankopt.errors import InputError, KilledError
 from rankopt.latency_fit import Array, PredictionError, fitted, left_out
 from rankopt.latency_store import LatencyStore, default_path
 from rankopt.latency_table import LatencyTable, randomized
@@ -73,11 +74,8 @@ class PlanLatency:
         sized = layers if target.batch is None else find_layers(model, self.args, self.kwargs)
         self.layers = {layer.name: layer for layer in sized}
         layer_target = target.for_layers()
-        self.store = LatencyStore(_path(cache, self.conditions), self.conditions)
-        layer_store = self.store
-        if layer_target is not target:
-            conditions = layer_target.conditions()
-            layer_store = LatencyStore(_path(cache, conditions), conditions)
+        self.store = _store(cache, self.conditions)
+        layer_store = self.store if layer_target is target else _store(cache, layer_target.conditions())
         self.table = LatencyTable(layer_target, layer_store, neighbours=target.neighbours)
         self._whole = f"plan: {architecture_digest(model, list(layers))}, input {_shapes((self.args, self.kwargs))}"
         self._dense_subject = Subject(model, self.args, self.kwargs, self._key(Plan({})))
@@ -170,11 +168,8 @@ class PlanLatency:
             modules: what to run in a plan's place (None: its structure with random weights, which takes the same time).
         """
         given = list(modules or [None] * len(plans))
-        found: dict[int, Measurement] = {}
-        for n, plan in enumerate(plans):
-            known = self.store.get(self._key(plan))
-            if known is not None and given[n] is None:
-                found[n] = known
+        known = [self.store.get(self._key(plan)) for plan in plans]
+        found = {n: one for n, one in enumerate(known) if one is not None and given[n] is None}
         todo = [n for n in range(len(plans)) if n not in found]
         for start in range(0, len(todo), _AT_ONCE):
             part = todo[start : start + _AT_ONCE]
@@ -188,6 +183,25 @@ class PlanLatency:
             if n in todo and plan.digest in self._probes:
                 self._unseen[plan.digest] = self._probes[plan.digest]
         return [found[n] for n in range(len(plans))]
+
+    def apart(self, plan: Plan, memory: bool) -> dict[str, Measurement]:
+        """Measure what is not known of a plan, without keeping it: a thread may, while another does all the rest."""
+        subject = self._subject(plan, None) if plan.changed() else self._dense_subject
+        key, found = self._key(plan), {}
+        if self.store.get(key) is None:
+            found[key] = self._run([self._dense_subject, subject])[1]
+        if memory and self.store.get(f"memory of {key}") is None:
+            found[f"memory of {key}"] = self.target.peak_memory(subject)
+        return found
+
+    def keep(self, plan: Plan, found: Mapping[str, Measurement]) -> None:
+        """Keep what was measured `apart`, as `measure` keeps it."""
+        for key, one in found.items():
+            self.store.put(key, one)
+            if one.unit == "ms":
+                self.recall(plan, one.kept, one.p95_kept)
+        if self._key(plan) in found and plan.digest in self._probes:
+            self._unseen[plan.digest] = self._probes[plan.digest]
 
     def peak_memory(self, plan: Plan, module: nn.Module | None = None) -> Measurement:
         """Peak memory of a plan's inference on this target, in MiB; known ones are not measured again."""
@@ -254,7 +268,8 @@ class PlanLatency:
         missed = {p: abs(self.predict(p) / ms - 1) for p, ms in took.items()}
         expected = WRONG if self.error is None else max(self.error.p95, _LEAST)
         if any(miss > expected for miss in missed.values()):
-            self.refine([p for p, miss in missed.items() if miss > WRONG])
+            with suppress(KilledError):  # the next plan that is off will have them measured
+                self.refine([p for p, miss in missed.items() if miss > WRONG])
             self._fit()
 
     def refine(self, plans: Sequence[Plan]) -> None:
@@ -326,11 +341,9 @@ class PlanLatency:
         return self._parts[name, choice]
 
 
-def _path(cache: Path | bool | None, conditions: Mapping[str, str]) -> Path | None:
-    if cache is False:
-        return None
+def _store(cache: Path | bool | None, conditions: Mapping[str, str]) -> LatencyStore:
     path = default_path(conditions)
-    return Path(cache) / path.name if isinstance(cache, Path) else path
+    return LatencyStore(None if cache is False else cache / path.name if isinstance(cache, Path) else path, conditions)
 
 
 def _shapes(inputs: Any) -> str:

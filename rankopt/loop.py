@@ -7,10 +7,10 @@ plans are not proposed again, and they count. What was interrupted is run again,
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import optuna
@@ -18,7 +18,8 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from rankopt.errors import KilledError, RankoptError, reason_of
-from rankopt.evaluate import Evaluation
+from rankopt.evaluate import Evaluate, Evaluation
+from rankopt.interrupts import uninterrupted
 from rankopt.ledger import (
     ENVIRONMENT,
     EXCESS,
@@ -48,19 +49,6 @@ _MOST_RETRIES = 2
 _OTHER_TRIES = 8  # proposals after one whose plan is being measured
 _POLL_S = 0.2
 _FAR = "not measured on the device: another plan is better in everything"
-
-
-class Evaluate(Protocol):
-    """What measures a plan (see `Evaluator`)."""
-
-    def __call__(
-        self,
-        plan: Plan,
-        limits: Sequence[Limit],
-        worth: Callable[[Mapping[str, float]], bool] = ...,
-        known: Mapping[str, float] | None = None,
-    ) -> Evaluation:
-        """Measure."""
 
 
 @dataclass(frozen=True)
@@ -156,9 +144,9 @@ class Loop:
             if proposal is None:
                 self._exhausted = not self.trials.under_way()
                 return None
-            begun = self.trials.begin(proposal)
-        asked = Asked(begun, proposal, self.measured.get(proposal.plan.digest))
-        self.pending[begun.number] = asked
+            with uninterrupted():  # what is written down as running is known here, for `interrupt`
+                begun = self.trials.begin(proposal)
+                asked = self.pending[begun.number] = Asked(begun, proposal, self.measured.get(proposal.plan.digest))
         return asked
 
     def limits_of(self, asked: Asked) -> Sequence[Limit]:
@@ -201,7 +189,6 @@ class Loop:
             ran: the machine and versions where it was measured, if not here (see `machine.here`).
         """
         self._last = None
-        del self.pending[asked.trial.number]
         if not isinstance(outcome, str):
             values = told_values(outcome.measurements, self.objectives)
             if any(v is not None and not np.isfinite(v) for v in values):
@@ -229,8 +216,7 @@ class Loop:
     def interrupt(self) -> None:
         """Mark everything that is under way here as interrupted; it is run again when the study goes on."""
         for asked in list(self.pending.values()):
-            del self.pending[asked.trial.number]
-            self.trials.end(asked.trial, TrialState.FAIL, {REASON: INTERRUPTED})
+            self._end(asked, TrialState.FAIL, {REASON: INTERRUPTED})
 
     def wait(self) -> None:
         """Let other drivers go on for a moment."""
@@ -275,8 +261,13 @@ class Loop:
 
     # outcomes --------------------------------------------------------------------------------------------------------
 
+    def _end(self, asked: Asked, *how: Any) -> bool:
+        with uninterrupted():  # see `ask`
+            del self.pending[asked.trial.number]
+            return self.trials.end(asked.trial, *how)
+
     def _fail(self, asked: Asked, why: str, ran: Mapping[str, Any]) -> None:
-        if not self.trials.end(asked.trial, TrialState.FAIL, {**ran, REASON: why}):
+        if not self._end(asked, TrialState.FAIL, {**ran, REASON: why}):
             return
         self.done += 1
         self._gains.add(None)
@@ -295,7 +286,7 @@ class Loop:
         if not complete:
             attributes[REASON] = f"stopped at the limit {found.stopped}" if found.stopped else _FAR
         state = TrialState.COMPLETE if complete else TrialState.PRUNED
-        if not self.trials.end(asked.trial, state, attributes, excess, known if complete else None):
+        if not self._end(asked, state, attributes, excess, known if complete else None):
             return
         self.done += 1
         self._failures = []

@@ -55,14 +55,50 @@ def cpu_conditions() -> dict[str, str]:
 
 @contextmanager
 def device_lock(device: str) -> Iterator[None]:
-    """Only one process of this machine measures on `device` at a time; the others wait.
+    """Only one process of this machine measures on `device` at a time; the others wait, and so does who is `working`.
 
     The operating system takes the lock back when its holder is killed.
     """
-    name = re.sub(r"[^A-Za-z0-9_.-]", "-", device)
-    path = Path(tempfile.gettempdir()) / f"rankopt-measuring-{name}.lock"
-    with FileLock(path, mode=0o666, is_singleton=True):
+    gate, lock = (FileLock(_lock(what, device), mode=0o666, is_singleton=True) for what in ("next", "measuring"))
+    with gate, lock:  # who is at the gate is next: no work begins any more
         yield
+
+
+@contextmanager
+def working(device: str) -> Iterator[None]:
+    """Work that would disturb a measurement on `device`: it begins when none is being taken, and the next one waits.
+
+    Any number of processes may work at once. Only POSIX systems have such locks; elsewhere nothing is held.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with _opened(_lock("next", device)) as gate, _opened(_lock("measuring", device)) as lock:
+        fcntl.flock(gate, fcntl.LOCK_SH)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        fcntl.flock(gate, fcntl.LOCK_UN)
+        yield
+
+
+def _lock(what: str, device: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"rankopt-{what}-{re.sub(r'[^A-Za-z0-9_.-]', '-', device)}.lock"
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """A lock file; closing it, or being killed, gives the lock back. Everybody may lock it, as with `FileLock`."""
+    try:
+        file = os.open(path, os.O_RDWR)  # many systems refuse to "make" one that somebody else has made
+    except FileNotFoundError:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        with suppress(OSError):
+            os.fchmod(file, 0o666)
+    try:
+        yield file
+    finally:
+        os.close(file)
 
 
 class OthersLoad:

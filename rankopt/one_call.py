@@ -51,6 +51,7 @@ def search(
     recovery: int | Mapping[str, Any] | None = None,
     train: Any = None,
     start: Sequence[Plan | str | Path] = (),
+    executor: str | Mapping[str, Any] | None = None,
 ) -> Result:
     """Find compressed versions of a trained model that keep the limits.
 
@@ -84,6 +85,7 @@ def search(
         recovery: a short training in every trial: steps, or a mapping of `RecoveryOptions`.
         train: data for it, e.g. a DataLoader; the calibration data when None.
         start: plans that are measured first, or files of them, or folders of saved models; for the same architecture.
+        executor: where trials run: "local", "ray", or e.g. ``{"name": "ray", "workers": 4}``; see `ExecutorOptions`.
 
     Returns:
         A `Result`: ``.front``, ``.best()``; each entry has ``.plan``, ``.measurements``, ``.build()``, ``.save(dir)``.
@@ -127,6 +129,7 @@ def search(
         allow=allow,
         targets=[] if target in (None, "none") else [target] if isinstance(target, str | Target) else list(target),
         cache=cache,
+        executor=executor,
         recovery=replace(short, batches=train, seed=seed) if short else None,
         start=_plans(start),
     )

@@ -16,6 +16,8 @@ from rankopt.traced import quiet
 
 Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 _TOGETHER_NUMBERS = 32 * 2**20  # parameters of what is exported in one go
+_PRODUCTS = ("MatMul", "Gemm", "Mul", "Einsum")
+_FEW = 16  # entries of a constant that may be multiplied once and for all
 _LARGEST = 2**31 - 2**20  # what one ONNX file without side files can hold
 
 
@@ -71,6 +73,24 @@ def graphs_of(model: Any) -> Iterator[Any]:
             for attribute in node.attribute:
                 waiting += [attribute.g] if attribute.HasField("g") else []
                 waiting += list(attribute.graphs)
+
+
+def simplified(program: Any) -> Any:
+    """The model of an ONNX program that was exported with ``optimize=False``, simplified as torch does it by itself,
+    except that products of weights stay products.
+
+    Who stores factors of a weight in place of it would else find the weight in the file, wherever it is small.
+    """
+    from onnxscript.optimizer import optimize_ir
+
+    optimize_ir(program.model, should_fold=lambda node: False if _multiplies(node) else None)
+    return program.model_proto
+
+
+def _multiplies(node: Any) -> bool:
+    """Whether at least two of the constants that a product is of are more than a few numbers."""
+    constants = [value.const_value for value in node.inputs if value is not None]
+    return node.op_type in _PRODUCTS and sum(c is not None and c.size > _FEW for c in constants) > 1
 
 
 def _groups(subjects: Sequence[Subject]) -> Iterator[list[Subject]]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORMATS = ("svg", "pdf", "png")
+_MANY = 6  # names in a legend that find room between the marks
 _MARKERS = {"circle": "o", "open": "o", "cross": "x", "star": "*", "ring": "o"}
 _STYLE: Any = {
     "font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
@@ -99,6 +100,8 @@ def _draw(chart: Chart, axes: Axes, titled: bool) -> None:
     if len(names) > 1:
         if places:  # bars reach everywhere: above them
             axes.legend(handles, names, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(names), borderpad=0)
+        elif len(names) > _MANY:  # it would lie on what is drawn
+            axes.legend(handles, names, loc="upper left", bbox_to_anchor=(1.0, 1.0), borderpad=0)
         else:
             axes.legend(handles, names, loc="best")
 

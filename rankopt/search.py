@@ -25,6 +25,8 @@ from rankopt.devices import Devices
 from rankopt.divergence import Divergence
 from rankopt.errors import DataError, InputError, PlanError, UncountedOperationError
 from rankopt.evaluate import Evaluator, Metric
+from rankopt.executor_options import ExecutorOptions
+from rankopt.executors.chosen import chosen as chosen_executor
 from rankopt.factors import Factors
 from rankopt.goals import checked_limit, checked_objectives
 from rankopt.layers import find_layers, fingerprint, run_once
@@ -86,7 +88,8 @@ class Search:
         start: plans that are measured first, by names for messages, or what returns them when the search begins.
         stopping: what ends the study before it has all its trials: a time limit, or trials without a gain.
         trial_timeout: seconds after which a trial is given up (None: never); see `executors.local`.
-        executor: what carries trials out (None: this process, one after the other).
+        executor: what carries trials out: "local" (this process, one after the other), "ray", options such as
+            ``{"name": "ray", "workers": 4}`` (see `ExecutorOptions`), or an `Executor`.
     """
 
     def __init__(
@@ -127,10 +130,10 @@ class Search:
         start: Mapping[str, Plan] | Callable[[], Mapping[str, Plan]] | None = None,
         stopping: Stopping | None = None,
         trial_timeout: float | None = None,
-        executor: Executor | None = None,
+        executor: str | Mapping[str, Any] | ExecutorOptions | Executor | None = None,
     ) -> None:
         self.model, self.source, self.allow = model, source, tuple(allow)
-        self.stopping, self.trial_timeout, self.executor = stopping or Stopping(), trial_timeout, executor
+        self.stopping, self.trial_timeout = stopping or Stopping(), trial_timeout
         self.stopped = ""
         self.retargeted, self.recovery, self._start = retargeted, ShortRecovery.of(recovery), start or {}
         self.example, self.example_kwargs = example_input, dict(example_kwargs or {})
@@ -141,6 +144,8 @@ class Search:
                 raise DataError("calibration: needs at least 2 samples, of which some are held back to judge plans")
             calibration, validation = split(calibration, _HELD_BACK, seed)
         self.targets = [read_target(t) if isinstance(t, str) else t for t in targets]
+        cluster = next((a for t in self.targets if (a := getattr(t, "address", None))), None)  # of a ray-node target
+        self.executor = chosen_executor(executor, threads or torch.get_num_threads(), trial_timeout, cluster)
         self.cache = cache
         self.calibration, self.validation, self.tests = list(calibration), list(validation), tests
         self.metric = None if metric == "kl" else metric
@@ -277,7 +282,8 @@ class Search:
         from rankopt import running
 
         self.progress, self._began = progress or self.progress, time.perf_counter()
-        self.recorded = running.run(self)
+        with self.executor.ready():
+            self.recorded = running.run(self)
         return self.recorded
 
     def tell(self, text: str) -> None:

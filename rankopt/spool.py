@@ -25,6 +25,11 @@ class Spool:
         self._files: dict[str, Path] = {}
         self._directory: tempfile.TemporaryDirectory[str] | None = None
 
+    def __getstate__(self) -> dict[str, object]:
+        """All entries, wherever they wait: the files stay on this machine."""
+        entries = {key: load_file(path) for key, path in self._files.items()} | self._memory
+        return {"max_bytes": self.max_bytes, "_memory": OrderedDict(entries), "_files": {}, "_directory": None}
+
     def __contains__(self, key: str) -> bool:
         return key in self._memory or key in self._files
 

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 import optuna
 
 from rankopt.errors import InfeasibleError, RankoptError
+from rankopt.evaluate import Evaluate
 from rankopt.executors.executor import Executor
 from rankopt.executors.local import Local
 from rankopt.inheriting import inherit
 from rankopt.interrupts import handled
 from rankopt.ledger import Judged, confirm, result_of, writable
 from rankopt.limits import Limit
-from rankopt.loop import Evaluate, Loop
+from rankopt.loop import Loop
 from rankopt.result import Entry, Progress
 from rankopt.stopping import Stopping
 from rankopt.strategies.strategy import Setting

@@ -66,6 +66,7 @@ def arguments(
         "start": file.starting_plans,
         "stopping": Stopping(file.time_limit, file.patience),
         "trial_timeout": file.trial_timeout,
-        "executor": executor,
+        "executor": executor or file.executor,
+        "threads": file.threads,
         "source": source_of(file.model.call, file.model.args),
     }

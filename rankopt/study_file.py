@@ -24,6 +24,7 @@ from pydantic import BeforeValidator, Field, PrivateAttr, model_validator
 
 from rankopt.callables import call, load_callable
 from rankopt.errors import StudyFileError
+from rankopt.executor_options import ExecutorOptions, executor_section
 from rankopt.limits import Limit
 from rankopt.plan_sources import plans_named
 from rankopt.recovery_options import RecoveryOptions
@@ -92,6 +93,7 @@ class StudyFile(Strict):
     seed: int = Field(0, ge=0, lt=2**32)
     threads: int = Field(1, ge=1, le=1024)
     storage: str | None = Field(None, min_length=1)
+    executor: Annotated[ExecutorOptions, BeforeValidator(executor_section)] = ExecutorOptions()
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     refit: RefitSpec = RefitSpec()
     recovery: RecoveryOptions = RecoveryOptions()
@@ -154,6 +156,18 @@ class StudyFile(Strict):
         except ValueError as error:
             raise StudyFileError(f"--time-limit: {error}") from None
         return self.model_copy(update={k: v for k, v in given.items() if v is not None})
+
+    def carried_out_by(self, **given: Any) -> StudyFile:
+        """The same study with another executor; what is None stays. Raises `StudyFileError` for what does not fit."""
+        given = {key: value for key, value in given.items() if value is not None}
+        if not given:
+            return self
+        name = given.get("name", self.executor.name)
+        for key in given:
+            if name == "local" and key != "name":
+                raise StudyFileError(f"--{key.replace('_', '-')}: belongs to the executor ray; add --executor ray")
+        before = {} if name == "local" else self.executor.model_dump(exclude_unset=True)
+        return self.model_copy(update={"executor": parse(ExecutorOptions, before | given, "executor: ")})
 
     def make_targets(self) -> list[Target]:
         """The targets that are named; raises `StudyFileError` that names the option that is wrong."""

@@ -42,18 +42,14 @@ class SmallNet(nn.Module):
 
 def model(width: int = 32, epochs: int = 12, seed: int = 0) -> nn.Module:
     """The trained network. Weights are kept in runs/, one file a way of training and version of torch."""
-    torch_version = torch.__version__.split("+")[0]
-    path = RUNS / f"digits-weights-{width}-{epochs}-{seed}-torch{torch_version}.safetensors"
-    net = SmallNet(width)
-    if path.is_file():
-        net.load_state_dict(load_file(path))
-        return net.eval()
-    _train(net, epochs, seed)
-    RUNS.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")
-    save_file(net.state_dict(), part)
-    part.replace(path)  # complete or not there at all
-    return net.eval()
+    return _kept(SmallNet(width), str(width), epochs, seed)
+
+
+def mlp(width: int = 96, epochs: int = 12, seed: int = 0) -> nn.Module:
+    """A trained stack of linear layers for the same images, flattened; kept in runs/ likewise."""
+    sizes = [(64, width), (width, width), (width, width)]
+    hidden = [part for pair in sizes for part in (nn.Linear(*pair), nn.ReLU())]
+    return _kept(nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, 10)), f"mlp-{width}", epochs, seed)
 
 
 def data() -> dict[str, Any]:
@@ -75,6 +71,21 @@ def _images() -> tuple[Tensor, Tensor]:
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
     x = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
     return x[order], torch.from_numpy(digits.target).long()[order]
+
+
+def _kept(net: nn.Module, name: str, epochs: int, seed: int) -> nn.Module:
+    """The net with trained weights: those in runs/, or trained now and kept there."""
+    torch_version = torch.__version__.split("+")[0]
+    path = RUNS / f"digits-weights-{name}-{epochs}-{seed}-torch{torch_version}.safetensors"
+    if path.is_file():
+        net.load_state_dict(load_file(path))
+        return net.eval()
+    _train(net, epochs, seed)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}")
+    save_file(net.state_dict(), part)
+    part.replace(path)  # complete or not there at all
+    return net.eval()
 
 
 def _train(net: nn.Module, epochs: int, seed: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from test_space import made
 from test_study import DENSE, FACTS, LIMITS, counted, measure, proposals, search, trials_of
 
-from rankopt import ledger
+from rankopt import interrupts, ledger
 from rankopt.errors import KilledError, RankoptError
 from rankopt.evaluate import Evaluation
 from rankopt.executors.local import Local
@@ -201,6 +202,38 @@ def test_interrupting_marks_all_that_is_under_way(tmp_path: Path) -> None:
     again = loop_on(url)
     wanted = [a.proposal.plan.digest for _ in range(3) if (a := again.ask()) is not None]
     assert wanted == plans
+
+
+@pytest.mark.parametrize("doing", ["create_new_trial", "set_trial_state_values"])
+def test_ctrl_c_while_a_trial_is_written_down_leaves_none_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doing: str
+) -> None:
+    url, calls = str(tmp_path / "s.log"), itertools.count()
+    loop = loop_on(url, trials=6)
+    storage = type(loop.study._storage)
+    real = getattr(storage, doing)
+
+    def interrupted(*args: Any, **given: Any) -> Any:
+        if next(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return real(*args, **given)
+
+    monkeypatch.setattr(storage, doing, interrupted)
+
+    def run() -> None:
+        with interrupts.handled():
+            try:
+                Local().run(loop, measure, lambda: None)
+            finally:
+                loop.interrupt()
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert {t.state.name for t in trials_of(url)} <= {"COMPLETE", "FAIL"}
+    again = loop_on(url, trials=6)
+    Local().run(again, measure, lambda: None)
+    assert again.done == 6
+    assert len(set(digests(again))) == 6
 
 
 def test_a_plan_that_kills_its_process_again_and_again_is_given_up(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from pathlib import Path
 
@@ -75,3 +76,17 @@ def test_the_directory_goes_away() -> None:
     del spool
     gc.collect()
     assert not path.exists()
+
+
+def test_a_copy_for_another_process_holds_what_waits_on_disk_too() -> None:
+    spool = Spool(max_bytes=100)
+    for n in range(4):
+        spool.put(str(n), {"a": torch.full((20,), float(n)), "b": torch.tensor([n])})
+    assert spool.held_bytes < 200
+    copied = copy.deepcopy(spool)
+    del spool
+    assert copied._directory is None
+    for n in range(4):
+        assert torch.equal(copied.get(str(n))["a"], torch.full((20,), float(n)))
+    copied.put("more", {"a": torch.zeros(20)})
+    assert copied.held_bytes <= 100

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from importlib.metadata import entry_points
 
+from rankopt.decompositions.activated import Activated
 from rankopt.decompositions.attention_low_rank import AttentionApart, AttentionFused, AttentionHeads
 from rankopt.decompositions.attention_mixers import (
     AttentionNmf,
@@ -15,10 +16,12 @@ from rankopt.decompositions.attention_mixers import (
 )
 from rankopt.decompositions.block_term import BlockTerm
 from rankopt.decompositions.capsule_methods import CapsCp, CapsRouting, CapsSvd, CapsTt, CapsTucker
+from rankopt.decompositions.chained import ChainDecomposition
 from rankopt.decompositions.cp import Cp
 from rankopt.decompositions.cp_matrix import CpMatrix
 from rankopt.decompositions.decomposition import Decomposition
 from rankopt.decompositions.hierarchical_tucker import HierarchicalTucker
+from rankopt.decompositions.rebuilt import FunctionOfProduct
 from rankopt.decompositions.ring_matrix import RingMatrix
 from rankopt.decompositions.shared_votes import CapsShared
 from rankopt.decompositions.spatial_svd import SpatialSvd
@@ -43,12 +46,16 @@ _OWN: tuple[type[Decomposition], ...] = (
     *(AttentionHeads, AttentionApart, AttentionFused),
     *(AttentionNystrom, AttentionNmf, AttentionPnmf, AttentionNtf, AttentionNtfGrid),
 )
+_ACTIVATED: tuple[type[ChainDecomposition], ...] = (Svd, SpatialSvd, Tucker2, Cp)
+_REBUILT = (("relu", "svd"), ("relu", "tucker"), ("relu", "cp"), ("sin", "svd"))
 
 
 @cache
 def table() -> dict[str, Decomposition]:
     """All methods by name, the project's own first. ``dense`` is not among them: it is the absence of one."""
-    methods = {cls.name: cls() for cls in _OWN}
+    methods: dict[str, Decomposition] = {cls.name: cls() for cls in _OWN}
+    for way in [*(Activated(cls()) for cls in _ACTIVATED), *(FunctionOfProduct(*pair) for pair in _REBUILT)]:
+        methods[way.name] = way
     for entry in entry_points(group="rankopt.decompositions"):
         methods.setdefault(entry.name, entry.load()())
     return methods

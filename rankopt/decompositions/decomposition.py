@@ -42,6 +42,8 @@ class Decomposition(ABC):
             (`distil`), its loss is that of the outputs, and the prediction from weights does not apply.
         saves: the costs that shares of a layer are of: macs, params, or both (each gives candidates). Where a layer
             takes no MACs it is params.
+        twin: the method that has the same factors and tensors ("": none), so that they are computed once.
+        pointwise: the method that this one is, or comes closest to, on layers without a kernel.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Decomposition(ABC):
     linear: bool = True
     needs_recovery: bool = False
     saves: tuple[str, ...] = ("macs",)
+    twin: str = ""
+    pointwise: str = "svd"
 
     @abstractmethod
     def why_not(self, layer: LayerSpec) -> str | None:
@@ -135,6 +139,10 @@ class Decomposition(ABC):
         """The bias out of a built module."""
         bias = getattr(built, "bias", None)
         return bias if isinstance(bias, Tensor) else None
+
+    def bent(self, built: nn.Module) -> str | None:
+        """Why no dense weight computes what a built module computes as it is now; None where one does."""
+        return None if self.linear else "it is not linear"
 
     def last(self, built: nn.Module) -> nn.Module | None:
         """The Linear or convolution within a built module whose output is the module's, so that it can be refitted in

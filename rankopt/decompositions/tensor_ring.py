@@ -139,8 +139,11 @@ def _starts(tensor: Tensor, ranks: tuple[int, int, int]) -> list[Ring]:
         modes = tensor.permute(1, 2, 0)
         for mode, (rows, left, right) in {0: (i, a, b), 2: (o, c, a)}.items():
             if left * right <= min(rows, tensor.numel() // rows):
-                cores = tl.decomposition.tensor_ring(modes, rank=[a, b, c, a], mode=mode)
-                starts.append(_pad(cores, ranks))
+                # Turned here, since TensorLy's own `mode` mixes up the bonds.
+                order = [(mode + n) % 3 for n in range(3)]
+                bonds = [ranks[n] for n in (*order, mode)]
+                cores = list(tl.decomposition.tensor_ring(modes.permute(order), rank=bonds))
+                starts.append(_pad([cores[order.index(n)] for n in range(3)], ranks))
         train = tl.decomposition.tensor_train(modes, rank=[1, min(b, i), min(c, o), 1])
     starts.append(_pad(train, ranks))
     return starts

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
-from rankopt.loop import Evaluate, Loop
+from rankopt.evaluate import Evaluate
+from rankopt.loop import Loop
 
 
 class Executor(Protocol):
@@ -24,6 +26,9 @@ class Executor(Protocol):
     `Loop.retry` begins a trial again whose worker died, and `Loop.interrupt` marks all that are under way when the
     study is to end now.
     """
+
+    def ready(self) -> AbstractContextManager[None]:
+        """What it needs is there inside, from before anything is measured until the winner was measured again."""
 
     def run(self, loop: Loop, evaluate: Evaluate, told: Callable[[], None]) -> None:
         """Go on until `loop.finished`; call `told` after every trial that was told."""

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from rankopt.errors import KilledError
-from rankopt.evaluate import Evaluation
-from rankopt.loop import Asked, Evaluate, Loop
-
-_AGAIN_S = 10.0  # after which a trial that swallowed the alarm is told again
+from rankopt.evaluate import Evaluate, Evaluation
+from rankopt.executors.time_limit import OutOfTime, at_most, too_long
+from rankopt.loop import Asked, Loop
 
 
 class Local:
@@ -31,6 +27,10 @@ class Local:
     def __init__(self, trial_timeout: float | None = None) -> None:
         self.trial_timeout = trial_timeout
 
+    def ready(self) -> AbstractContextManager[None]:
+        """Nothing is needed."""
+        return nullcontext()
+
     def run(self, loop: Loop, evaluate: Evaluate, told: Callable[[], None]) -> None:
         """Go on until nothing is left to do."""
         while not loop.finished:
@@ -46,35 +46,11 @@ class Local:
         """Measure and tell; what is given back is to be tried again."""
         outcome: Evaluation | str
         try:
-            with _at_most(self.trial_timeout):
+            with at_most(self.trial_timeout):
                 outcome = loop.outcome(asked, evaluate)
         except KilledError as error:
             return loop.retry(asked, error.message)
-        except _OutOfTime:
-            outcome = f"took longer than {self.trial_timeout:g} s, the time limit of a trial"
+        except OutOfTime:
+            outcome = too_long(self.trial_timeout)
         loop.tell(asked, outcome)
         return None
-
-
-class _OutOfTime(BaseException):
-    """Not an `Exception`, so that what measures does not take it for a failure of its own."""
-
-
-@contextmanager
-def _at_most(seconds: float | None) -> Iterator[None]:
-    """Raise `_OutOfTime` when the block takes longer."""
-    in_main = threading.current_thread() is threading.main_thread()
-    if seconds is None or not in_main or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def ring(number: int, frame: FrameType | None) -> None:
-        raise _OutOfTime
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

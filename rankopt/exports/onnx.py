@@ -65,13 +65,16 @@ class Onnx(Exporter):
 
 def model_bytes(traced: Traced) -> bytes:
     """A traced module as a serialized ONNX model."""
+    from rankopt.onnx_file import simplified
+
     with quiet(), torch.no_grad():
         made = torch.onnx.export(
-            traced.program, (), dynamo=True, opset_version=OPSET, input_names=list(traced.names), verbose=False
-        )
-    if made is None:
-        raise RuntimeError("torch.onnx.export returned nothing")
-    model = made.model_proto
+            traced.program, (), dynamo=True, opset_version=OPSET, input_names=list(traced.names), verbose=False,
+            optimize=False,
+        )  # fmt: skip
+        if made is None:
+            raise RuntimeError("torch.onnx.export returned nothing")
+        model = simplified(made)
     if model.ByteSize() > _LARGEST:
         raise InputError("the model is larger than the 2 GiB that an ONNX file holds")
     opset = {entry.domain: entry.version for entry in model.opset_import}.get("")

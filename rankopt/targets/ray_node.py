@@ -13,16 +13,17 @@ import os
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
-from rankopt.errors import InputError
+from rankopt.errors import InputError, KilledError
 from rankopt.measurement import Measurement
+from rankopt.ray_environment import quiet
 from rankopt.targets import make
 from rankopt.targets.target import Subject, Target
 from rankopt.targets.torch_cpu import first_line
@@ -31,7 +32,6 @@ from rankopt.timing import Effort
 What = Literal["conditions", "measure", "peak_memory"]
 _RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
 _LOOK = 2.0  # seconds between two looks at whether the node is still there
-_QUIET = {"RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 class RayNode(Target):
@@ -51,6 +51,8 @@ class RayNode(Target):
     options: dict[str, Any] = Field(default_factory=dict)
     address: str | None = None
     wait_seconds: float = Field(60.0, ge=0, allow_inf_nan=False)
+    _nodes: list[str] = PrivateAttr(default_factory=list)
+    _unwanted: list[bool] = PrivateAttr(default_factory=list)
 
     @model_validator(mode="after")
     def _options_fit(self) -> RayNode:
@@ -65,6 +67,20 @@ class RayNode(Target):
     def from_onnx(self) -> bool:
         """What the inner target says."""
         return self._inner().from_onnx
+
+    @property
+    def elsewhere(self) -> bool:
+        """It is another machine, or (to try it out) taken for one."""
+        return True
+
+    @property
+    def node(self) -> str | None:
+        """The id that Ray gave to the node on which something was measured last."""
+        return self._nodes[-1] if self._nodes else None
+
+    def unwanted(self, so: bool) -> None:
+        """See `Target.unwanted`; it is seen at the next look at the node."""
+        self._unwanted[:] = [so]
 
     def conditions(self) -> dict[str, str]:
         """Those of the inner target on that node, and the resource."""
@@ -98,11 +114,12 @@ class RayNode(Target):
 
     def _on_node(self, what: What, subjects: Sequence[Subject] = (), effort: Effort = Effort()) -> Any:
         """Run it there; errors of the node's target come back with their text."""
-        ray = self._connected()
+        ray = connected(self.address, f"target {self.called}")
         self._wait_for_node(ray)
-        job = ray.remote(num_cpus=0, resources={self.resource: 1}, max_retries=0)(_run)
+        job = ray.remote(num_cpus=0, resources={self.resource: 1}, max_retries=0)(_run_there)
+        modules = () if self.from_onnx else [m for s in subjects for m in s.module.modules()]
         try:
-            with _by_value(ray, subjects if not self.from_onnx else ()):
+            with by_value(ray, {type(m).__module__ for m in modules}):
                 shipped = ray.put([_shipped(s) for s in self._ready(subjects)])
         except InputError:
             raise
@@ -113,11 +130,13 @@ class RayNode(Target):
         running = job.remote(self.target, self.options, what, shipped, effort)
         try:
             self._watch(ray, running)
-            wrong, found = ray.get(running)
+            self._nodes[:], wrong, found = ray.get(running)
         except ray.exceptions.RayError as error:
             text = _cause(error)
             advice = "; are rankopt and the model's code installed there?" if "No module named" in text else ""
-            raise InputError(f"target {self.called}: the node with {self.resource} failed: {text}{advice}") from error
+            gone = ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError
+            kind = KilledError if isinstance(error, gone) else InputError
+            raise kind(f"target {self.called}: the node with {self.resource} failed: {text}{advice}") from error
         except BaseException:  # also when interrupted: the node would go on measuring for nobody
             ray.cancel(running, force=True)
             raise
@@ -136,30 +155,14 @@ class RayNode(Target):
         models = exported(subjects)
         return [replace(s, module=nn.Module(), onnx=m) for s, m in zip(subjects, models, strict=True)]
 
-    def _connected(self) -> Any:
-        for key, value in _QUIET.items():
-            os.environ.setdefault(key, value)
-        try:
-            import ray
-        except ImportError:
-            raise InputError(f"target {self.called}: ray is not installed; pip install 'ray'") from None
-        if not ray.is_initialized():
-            try:
-                ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR)
-            except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-                where = self.address or "this machine"
-                raise InputError(
-                    f"target {self.called}: no Ray cluster answers at {where}: {first_line(error)}"
-                ) from error
-        return ray
-
     def _wait_for_node(self, ray: Any) -> None:
         until = time.monotonic() + self.wait_seconds
         while ray.cluster_resources().get(self.resource, 0) < 1:
+            self._go_on()
             if time.monotonic() >= until:
-                raise InputError(
+                raise KilledError(
                     f"target {self.called}: no node of the Ray cluster has the resource {self.resource!r} (waited "
-                    f"{self.wait_seconds:g} s); the cluster has {_described(ray.cluster_resources())}. Start Ray there "
+                    f"{self.wait_seconds:g} s); the cluster has {described(ray.cluster_resources())}. Start Ray there "
                     f"with --resources='{{\"{self.resource}\": 1}}'"
                 )
             time.sleep(0.2)
@@ -167,7 +170,44 @@ class RayNode(Target):
     def _watch(self, ray: Any, running: Any) -> None:
         """Until it is done. A task whose node went away before it began would wait for ever."""
         while not ray.wait([running], timeout=_LOOK)[0]:
+            self._go_on()
             self._wait_for_node(ray)
+
+    def _go_on(self) -> None:
+        if any(self._unwanted):
+            raise InputError(f"target {self.called}: the measurement was given up")
+
+
+def connected(address: str | None, where: str, **own: Any) -> Any:
+    """Ray, connected as it is or now, and quiet.
+
+    Args:
+        address: of a cluster, "local" for one that is begun here and ends with this process, None for either.
+        where: what errors begin with.
+        own: further arguments of `ray.init`.
+
+    Raises:
+        InputError: no cluster answers there, or Ray is not installed.
+    """
+    quiet()
+    try:
+        import ray
+    except ImportError:
+        raise InputError(f"{where}: ray is not installed; pip install 'ray[tune]'") from None
+    if not ray.is_initialized():
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
+        except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            place = address if address not in (None, "local") else "this machine"
+            raise InputError(f"{where}: no Ray cluster answers at {place}: {first_line(error)}") from error
+    return ray
+
+
+def _run_there(*job: Any) -> Any:
+    """On the node: its id as a list of one, and what `_run` gives."""
+    import ray
+
+    return [ray.get_runtime_context().get_node_id()], *_run(*job)
 
 
 def _run(name: str, options: dict[str, Any], what: What, subjects: Sequence[Subject], effort: Effort) -> Any:
@@ -195,9 +235,8 @@ def _shipped(subject: Subject) -> Subject:
 
 
 @contextmanager
-def _by_value(ray: Any, subjects: Sequence[Subject]) -> Iterator[None]:
-    """Classes of modules travel with them, unless they are from an installed package."""
-    places = {type(m).__module__ for s in subjects for m in s.module.modules()}
+def by_value(ray: Any, places: Iterable[str]) -> Iterator[None]:
+    """What is defined in these modules travels with what is sent, unless they are from an installed package."""
     known = ray.cloudpickle.list_registry_pickle_by_value()
     travelling = [sys.modules[p] for p in sorted(places) if p in sys.modules and p not in known and not _installed(p)]
     for module in travelling:
@@ -217,7 +256,7 @@ def _installed(place: str) -> bool:
     return any(Path(file).resolve().is_relative_to(Path(paths[p]).resolve()) for p in ("purelib", "platlib", "stdlib"))
 
 
-def _described(resources: dict[str, float]) -> str:
+def described(resources: dict[str, float]) -> str:
     """``8 CPU, 1 pi4``: what a cluster has, without Ray's bookkeeping."""
     shown = [f"{v:g} {k}" for k, v in sorted(resources.items()) if "memory" not in k and not k.startswith("node:")]
     return ", ".join(shown) or "none"

@@ -62,6 +62,19 @@ class Target(Strict, ABC):
         """Whether an exported ONNX file and the inputs are all that it needs of a module."""
         return False
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it is another machine, which is not disturbed by what this one does meanwhile."""
+        return False
+
+    @property
+    def node(self) -> str | None:
+        """Where something was measured last, of a target that is `elsewhere`."""
+        return None
+
+    def unwanted(self, so: bool) -> None:
+        """Whether a measurement that another thread has under way is to be given up; a target may do so."""
+
     @abstractmethod
     def conditions(self) -> dict[str, str]:
         """All that a time depends on besides the model and its input, as texts; raises `InputError` when the target

@@ -176,10 +176,10 @@ def weighted_svd(weight: Tensor, out: Tensor, moment: Tensor) -> tuple[Tensor, T
     """
     half, inverse = (torch.block_diag(*r) for r in _roots(out))
     seen = half @ weight
-    moment = moment + _RIDGE * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
-    energy, vectors = torch.linalg.eigh(seen @ moment @ seen.mT)
-    k = min(weight.shape)
-    energy, vectors = energy.flip(-1)[:k].clamp_min(0), vectors.flip(-1)[:, :k]
+    # of the product with a root, not of its square: directions that neither the data nor G know are small in both
+    root = torch.block_diag(*_roots(moment[None])[0])
+    vectors, values, _ = torch.linalg.svd(seen @ root, full_matrices=False)
+    energy = values.square()
     return vectors.mT @ seen, inverse @ vectors, energy
 
 

@@ -66,4 +66,6 @@ def method(name: str) -> Decomposition:
     try:
         return table()[name]
     except KeyError:
-        raise LayerError(f"unknown decomposition {name!r}; known: dense, {', '.join(table())}") from None
+        names = [n for n in table() if not n.endswith("_memory")]
+        known = f"known: dense, {', '.join(names)}, and the matrix methods with _memory behind their names"
+        raise LayerError(f"unknown decomposition {name!r}; {known}") from None

@@ -172,6 +172,11 @@ def seen(url: str, name: str = "small") -> dict[int, Ended]:
     }
 
 
+def digest_of(trial: optuna.trial.FrozenTrial) -> str:
+    """Of its plan."""
+    return Plan.from_dict(trial.user_attrs["plan"]).digest
+
+
 def check(url: str, before: dict[int, Ended], trials: int = TRIALS, name: str = "small") -> None:
     """No trial that had ended is lost or changed, none was run twice, and every one says what became of it."""
     found, ended = trials_of(url, name), seen(url, name)
@@ -185,9 +190,11 @@ def check(url: str, before: dict[int, Ended], trials: int = TRIALS, name: str = 
         else:
             assert trial.user_attrs.get("reason"), f"trial {trial.number} says not why it {trial.state.name}"
     assert sum(ledger.counts(t) for t in found) == trials
-    measured = [Plan.from_dict(t.user_attrs["plan"]).digest for t in found if ledger.counts(t)]
-    again = [t for t in found if "same_as" in t.user_attrs]  # proposed twice, measured once
-    assert len(set(measured)) == len(measured) - len(again)
+    measured = [digest_of(t) for t in found if ledger.counts(t)]
+    # proposed twice, measured once; one that was cut off while that was being written does not count
+    again = [t for t in found if "same_as" in t.user_attrs and ledger.counts(t)]
+    twice = [(t.number, t.state.name, t.user_attrs) for t in found if measured.count(digest_of(t)) > 1]
+    assert len(set(measured)) == len(measured) - len(again), twice
 
 
 def front_of(url: str, name: str = "small") -> list[tuple[str, tuple[float, ...]]]:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shlex
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -202,6 +203,36 @@ def test_runtimes_name_what_there_is() -> None:
     pytest.importorskip("openvino")
     with pytest.raises(InputError, match=r"target openvino: no device 'Pocket'; there are .*CPU"):
         read("openvino:on=Pocket").conditions()
+
+
+def test_openvino_leaves_the_stack_for_signal_handlers_alone() -> None:
+    """It would free what it gives the main thread, and Ctrl-C be handled on that."""
+    pytest.importorskip("openvino")
+    code = """
+import ctypes, faulthandler, gc, torch
+from rankopt.targets import make
+from rankopt.targets.target import Subject
+
+class Stack(ctypes.Structure):
+    _fields_ = [("place", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+def stack():
+    found = Stack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found)) == 0
+    return found.place, found.flags, found.size
+
+faulthandler.enable()
+before = stack()
+for _ in range(3):
+    target = make("openvino", {"threads": 1})
+    target.conditions()
+    ready = target.prepare([Subject(torch.nn.Linear(4, 2).eval(), (torch.randn(1, 4),), {}, "net")])
+    assert stack() == before
+    del ready
+    gc.collect()
+assert stack() == before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])

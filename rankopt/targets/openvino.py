@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -41,8 +43,7 @@ class OpenVino(MemoryTarget):
 
     def conditions(self) -> dict[str, str]:
         """Machine, version, device, precision, threads."""
-        openvino = _openvino()
-        known = openvino.Core().available_devices
+        openvino, known = _openvino(), core().available_devices
         if self.on not in known:
             raise InputError(f"target {self.called}: no device {self.on!r}; there are {', '.join(known)}")
         return {
@@ -58,8 +59,7 @@ class OpenVino(MemoryTarget):
         """Exported and compiled."""
         from rankopt.onnx_file import exported
 
-        core = _openvino().Core()
-        return [each(self._ready(core, m, s)) for m, s in zip(exported(subjects), subjects, strict=True)]
+        return [each(self._ready(m, s)) for m, s in zip(exported(subjects), subjects, strict=True)]
 
     def write(self, subject: Subject, folder: Path) -> None:
         """Exported as one ONNX file, with the inputs."""
@@ -67,24 +67,24 @@ class OpenVino(MemoryTarget):
 
     def loaded(self, folder: Path) -> Callable[[], Any]:
         """A function of no arguments that runs what `write` wrote."""
-        return self._compiled(_openvino().Core(), str(folder / ONNX), read_arrays(folder))
+        return self._compiled(str(folder / ONNX), read_arrays(folder))
 
-    def _ready(self, core: Any, model: bytes, subject: Subject) -> Callable[[], Any]:
+    def _ready(self, model: bytes, subject: Subject) -> Callable[[], Any]:
         from rankopt.onnx_file import arrays
 
         try:
-            call = self._compiled(core, model, arrays(subject))
+            call = self._compiled(model, arrays(subject))
             call()
         except Exception as error:
             raise InputError(f"target {self.called}: the model can't be run: {first_line(error)}") from error
         return call
 
-    def _compiled(self, core: Any, model: bytes | str, given: Sequence[Any]) -> Callable[[], Any]:
+    def _compiled(self, model: bytes | str, given: Sequence[Any]) -> Callable[[], Any]:
         openvino = _openvino()
         options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": self.precision}
         if self.on == "CPU":
             options |= {"INFERENCE_NUM_THREADS": self.threads, "NUM_STREAMS": 1}
-        compiled = core.compile_model(core.read_model(model), self.on, options)
+        compiled = core().compile_model(core().read_model(model), self.on, options)
         request = compiled.create_infer_request()
         if len(compiled.inputs) != len(given):  # it leaves out inputs that the model does not use
             from rankopt.onnx_file import input_names
@@ -97,18 +97,31 @@ class OpenVino(MemoryTarget):
         return lambda: request.infer()
 
 
+@cache
+def core() -> Any:
+    """OpenVINO's `Core`, the only one of this process.
+
+    Its CPU plugin gives the thread that loads it a small stack for signal handlers (seen with 2026.4), and frees that
+    with the core. Of two cores the second one's end puts the first one's back, which may be gone by then: Ctrl-C in
+    the main thread was handled on freed memory. So there is one, which stays, and its plugins are loaded in a thread
+    that ends.
+    """
+    made = _openvino().Core()
+    with ThreadPoolExecutor(1) as apart:
+        apart.submit(lambda: made.available_devices).result()
+    return made
+
+
 def converted_model(onnx: Path, xml: Path) -> None:
     """Write an ONNX model as OpenVINO's own files (``.xml`` and ``.bin``); weights stay float32."""
     openvino = _openvino()
-    openvino.save_model(openvino.Core().read_model(str(onnx)), str(xml), compress_to_fp16=False)
+    openvino.save_model(core().read_model(str(onnx)), str(xml), compress_to_fp16=False)
 
 
 def compiled(xml: bytes, weights: bytes) -> tuple[Callable[[Sequence[Any]], list[Any]], list[str]]:
     """A function from arrays to arrays that runs a model on the CPU in float32, and the names of its inputs."""
-    openvino = _openvino()
-    core = openvino.Core()
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "NUM_STREAMS": 1}
-    ready = core.compile_model(core.read_model(xml, weights), "CPU", options)
+    ready = core().compile_model(core().read_model(xml, weights), "CPU", options)
 
     def infer(arrays: Sequence[Any]) -> list[Any]:
         found = ready(list(arrays))

@@ -63,7 +63,8 @@ def test_exit_statuses(tmp_path: Path) -> None:
     reader.stdout.close()  # nobody reads
     seen[1] = reader.wait(60)
     assert reader.stderr is not None
-    assert b"Traceback" not in reader.stderr.read()
+    with reader.stderr:
+        assert b"Traceback" not in reader.stderr.read()
     # A shell lets what it runs in the background ignore Ctrl-C, and that is inherited: as if typed at a prompt.
     waiting = subprocess.Popen(
         [*PROGRAM, "layers", str(slow)],
@@ -74,7 +75,8 @@ def test_exit_statuses(tmp_path: Path) -> None:
     assert waiting.stderr is not None
     assert waiting.stderr.readline() == b"here\n"
     waiting.send_signal(signal.SIGINT)
-    seen[130] = waiting.wait(60)
+    waiting.communicate(timeout=60)
+    seen[130] = waiting.returncode
     assert seen == {code: code for code in seen}
     assert set(seen) == documented()
 

@@ -52,7 +52,7 @@ def test_a_process_of_this_machine_lives_as_long_as_the_system_says(own: Heartbe
     os.kill(process.pid, signal.SIGKILL)
     time.sleep(0.1)
     assert not Liveness().alive(running(worker))  # not waited for yet: a zombie
-    process.wait()
+    process.communicate()
     assert not Liveness().alive(running(worker))
 
 

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -53,8 +52,8 @@ def test_a_second_process_is_refused_as_long_as_the_first_lives(tmp_path: Path, 
     assert "one writing process at a time" in text
     assert "postgresql+psycopg://" in text
     assert "\n" not in text
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.communicate()
     with only_writer(url, "s"), only_writer(str(tmp_path / "other.db"), "s"):
         search(url, 3)
     assert len(trials_of(url)) == 3

@@ -108,7 +108,7 @@ class Programs:
         for program in self._started:
             program.kill()
         self._zygote.kill()
-        self._zygote.wait()
+        self._zygote.communicate()
 
 
 @contextmanager

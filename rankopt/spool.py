@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections import OrderedDict
 from pathlib import Path
 
@@ -23,7 +25,7 @@ class Spool:
         self.max_bytes = max_bytes
         self._memory: OrderedDict[str, Entry] = OrderedDict()
         self._files: dict[str, Path] = {}
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._directory: Path | None = None
 
     def __getstate__(self) -> dict[str, object]:
         """All entries, wherever they wait: the files stay on this machine."""
@@ -60,8 +62,9 @@ class Spool:
             key, entry = self._memory.popitem(last=False)
             if key not in self._files:  # an entry that came from its file is still there
                 if self._directory is None:
-                    self._directory = tempfile.TemporaryDirectory(prefix="rankopt-")
-                path = Path(self._directory.name) / f"{len(self._files)}-{abs(hash(key)):x}.safetensors"
+                    self._directory = Path(tempfile.mkdtemp(prefix="rankopt-"))
+                    weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
+                path = self._directory / f"{len(self._files)}-{abs(hash(key)):x}.safetensors"
                 save_file({name: tensor.contiguous() for name, tensor in entry.items()}, path)
                 self._files[key] = path
 

@@ -11,6 +11,7 @@ import json
 import os
 import sqlite3
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -177,7 +178,7 @@ def _file(url: str) -> RDBStorage:
     """An SQLite file. Who reads it in the moment in which a search makes its tables finds some of them there."""
     for attempt in range(_TABLE_TRIES):
         try:
-            return RDBStorage(url, {"connect_args": {"factory": _Connection}})
+            return _closing(RDBStorage(url, {"connect_args": {"factory": _Connection}}))
         except OperationalError as error:
             if "already exists" not in str(error) or attempt == _TABLE_TRIES - 1:
                 raise
@@ -193,9 +194,15 @@ def _server(url: str) -> RDBStorage:
         raise InputError(f"storage {shown(url)}: must be sqlite, journal, {', '.join(SERVERS)}")
     try:
         with _locked(engine, "rankopt tables"):
-            return RDBStorage(url, options)
+            return _closing(RDBStorage(url, options))
     finally:
         engine.dispose()
+
+
+def _closing(storage: RDBStorage) -> RDBStorage:
+    """The same; Optuna leaves its connections open until they are collected, which a server counts."""
+    weakref.finalize(storage, storage.engine.dispose)
+    return storage
 
 
 def _engine(storage: BaseStorage) -> Engine | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -249,7 +250,7 @@ def test_tables_and_records_say_all_of_it() -> None:
     from rich.console import Console
 
     found = made_up()
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=80, record=True, file=io.StringIO())
     for table in tables(found):
         console.print(table)
     text = console.export_text()

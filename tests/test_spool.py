@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-from pathlib import Path
 
 import pytest
 import torch
@@ -71,7 +70,7 @@ def test_the_directory_goes_away() -> None:
     assert spool._directory is None  # nothing was written yet
     spool.put("b", entry(2))
     assert spool._directory is not None
-    path = Path(spool._directory.name)
+    path = spool._directory
     assert len(list(path.iterdir())) == 1
     del spool
     gc.collect()

@@ -296,7 +296,7 @@ def test_more_trials_go_on_and_no_more_trials_do_nothing(tmp_path: Path) -> None
     assert search(url, 3).entries  # fewer than there are
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore::ResourceWarning")  # these may be of any test before
 def test_other_limits_go_on_with_what_is_known(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     url = str(tmp_path / "s.db")
     search(url, 10)

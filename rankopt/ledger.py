@@ -70,14 +70,18 @@ def open_study(
     facts = {"objectives": ", ".join(objectives), **facts}
     directions = [StudyDirection.MAXIMIZE if o in MAXIMIZED else StudyDirection.MINIMIZE for o in objectives]
     with writable(name), written(), alone(storage, name):
-        if name not in optuna.study.get_all_study_names(storage):
+        known = name in optuna.study.get_all_study_names(storage)
+        if known and _half_made(optuna.load_study(study_name=name, storage=storage)):
+            optuna.delete_study(study_name=name, storage=storage)
+            known = False
+        if not known:
             study = optuna.create_study(storage=storage, study_name=name, directions=directions)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # names of objectives are experimental
                 study.set_metric_names(list(objectives))
-            study.set_user_attr(FACTS, dict(facts))
             study.set_user_attr(CONDITIONS, {k: dict(v) for k, v in (conditions or {}).items()})
             study.set_user_attr(DENSE, dict(dense))
+            study.set_user_attr(FACTS, dict(facts))  # last: with them it is begun
         else:
             study = optuna.load_study(study_name=name, storage=storage)
             _check_facts(study, name, facts)
@@ -277,7 +281,11 @@ def read_study(url: str, name: str) -> optuna.Study:
     known = optuna.study.get_all_study_names(storage)
     if name not in known:
         raise InputError(f"study {name}: not in {shown(url)}; it holds {', '.join(sorted(known)) or 'no study'}")
-    return optuna.load_study(study_name=name, storage=storage)
+    study = optuna.load_study(study_name=name, storage=storage)
+    if _half_made(study):
+        raise InputError(f"study {name}: nothing was searched yet ({shown(url)}); run: rankopt search")
+    _begun(study, name)
+    return study
 
 
 def entries_of(trials: Sequence[FrozenTrial], limits: Sequence[Limit], dense: Mapping[str, float]) -> list[Entry]:
@@ -313,10 +321,20 @@ def _unchanged(dense: Mapping[str, float], limits: Sequence[Limit]) -> list[Entr
     return [Entry(-1, Plan({}), values, feasible)]
 
 
-def _check_facts(study: optuna.Study, name: str, facts: Mapping[str, str]) -> None:
-    begun = study.user_attrs.get(FACTS)
+def _half_made(study: optuna.Study) -> bool:
+    """Whether a process was killed while it made the study, of which there is nothing but its name."""
+    return FACTS not in study.user_attrs and set(study.user_attrs) <= {CONDITIONS, DENSE} and not study.trials
+
+
+def _begun(study: optuna.Study, name: str) -> dict[str, str]:
+    begun: dict[str, str] | None = study.user_attrs.get(FACTS)
     if begun is None:
         raise StudyMismatchError(f"study {name}: this storage holds a study of that name that rankopt did not begin")
+    return begun
+
+
+def _check_facts(study: optuna.Study, name: str, facts: Mapping[str, str]) -> None:
+    begun = _begun(study, name)
     for key in [*facts, *(k for k in begun if k not in facts)]:
         if begun.get(key) != facts.get(key):
             raise StudyMismatchError(

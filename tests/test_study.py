@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -343,9 +344,45 @@ def test_a_study_that_was_begun_with_something_else(tmp_path: Path, change: dict
 
 def test_a_study_of_someone_else(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 's.db'}"
-    optuna.create_study(storage=url, study_name="s")
-    with pytest.raises(StudyMismatchError, match="that rankopt did not begin"):
-        search(url, 3)
+    other = optuna.create_study(storage=url, study_name="s")
+    other.ask()
+    for action in (lambda: search(url, 3), lambda: ledger.read_result(url, "s")):
+        with pytest.raises(StudyMismatchError, match="that rankopt did not begin"):
+            action()
+
+
+@pytest.mark.parametrize("file", ["s.db", "s.log"])
+def test_killed_while_the_study_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str) -> None:
+    """After each of the writes that make it: who reads is told so, and a search begins it or goes on."""
+    scheme = "sqlite" if file == "s.db" else "journal"
+    for writes in range(20):
+        url = f"{scheme}:///{tmp_path / str(writes) / file}"
+        storage = ledger.open_storage(url)
+        left = iter(range(writes))
+
+        def write(self: Any, doing: Any, *args: Any, left: Any = left, **given: Any) -> Any:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return doing(self, *args, **given)
+
+        with monkeypatch.context() as patched:
+            kind = type(storage)
+            for name in ("create_new_study", "set_study_user_attr", "set_study_system_attr"):
+                patched.setattr(kind, name, partialmethod(write, getattr(kind, name)))
+            try:
+                ledger.open_study(storage, "s", ("kl", "macs"), FACTS, DENSE, LIMITS)
+            except KeyboardInterrupt:
+                pass
+            else:
+                break
+        begun = any(ledger.FACTS in s.user_attrs for s in optuna.get_all_study_summaries(ledger.open_storage(url)))
+        if begun:
+            assert ledger.read_result(url, "s").entries == []
+        else:
+            with pytest.raises(InputError, match=r"nothing was searched yet|it holds no study"):
+                ledger.read_result(url, "s")
+        assert search(url, 3, objectives=("kl", "macs") if begun else ("kl", "params", "macs")).entries
+    assert 4 < writes < 19
 
 
 # failures ------------------------------------------------------------------------------------------------------------

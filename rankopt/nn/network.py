@@ -45,7 +45,7 @@ class Network:
         return cheapest(operands, [0], ROWS + self.outputs, {**self.sizes, ROWS: 1})
 
     def lookup(self) -> Order:
-        """Slices of the tensors, (rows, *others) of one with input modes, to (rows, *outputs); costs are those of one row."""
+        """Slices, (rows, *others) of tensors with input modes, to (rows, *outputs); costs are those of one row."""
         looked = [n for n, modes in enumerate(self.tensors) if set(modes) & set(self.inputs)]
         slices = [ROWS * (n in looked) + self.others(n) for n in range(len(self.tensors))]
         return cheapest(slices, looked, ROWS + self.outputs, {**self.sizes, ROWS: 1})

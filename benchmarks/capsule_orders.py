@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rankopt.decompositions import method
 from rankopt.layer_spec import Call, LayerSpec
-from rankopt.nn.contraction import plan
+from rankopt.nn.contraction import cheapest
 from rankopt.nn.factored_capsules import routing_orders
 
 IN, OUT, D_OUT, D_IN, ITERATIONS, TYPES = 1152, 10, 16, 8, 3, 32
@@ -68,7 +68,7 @@ def main() -> None:
             given = {"iterations": ITERATIONS, **ranks}
             network, sizes = way.network(spec), way.sizes(spec, given)  # type: ignore[attr-defined]
             orders = routing_orders(network, sizes, given["iterations"])
-            votes, _ = plan([f"n{network.below}e", *network.factors], [0], f"n{network.below}jd", {**sizes, "n": 1})
+            votes = cheapest([f"n{network.below}e", *network.factors], [0], f"n{network.below}jd", {**sizes, "n": 1})
             routing = (2 * given["iterations"] - 1) * IN * OUT * D_OUT
             formed = (int(votes.macs) + routing) / DENSE
             once = ", ".join(network.factors[n] for n in orders.once) or "nothing"

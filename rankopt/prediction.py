@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -41,6 +41,17 @@ def predict(
             total += _from_weights(layer, choices, factors, gathered.fisher, bad, refused)
     good = [n for n in range(len(choices)) if n not in bad and np.isfinite(total[n])]
     return total[good], [choices[n] for n in good]
+
+
+def unpredicted(choices: Iterable[LayerChoice]) -> list[str]:
+    """A line that says for which of these methods nothing is predicted from weights; none where there are no such."""
+    names = sorted({c.method for c in choices if c != DENSE and method(c.method).needs_recovery})
+    if not names:
+        return []
+    return [
+        f"the prediction does not apply to {', '.join(names)}, which equal the layer at no rank: every candidate was "
+        "trained alone and counts by what it then changed at the layer's output; give plans with them recovery"
+    ]
 
 
 def _from_weights(

@@ -33,6 +33,7 @@ from rankopt.layers import find_layers, fingerprint, run_once
 from rankopt.limits import Limit
 from rankopt.plan import Plan
 from rankopt.precision import chosen
+from rankopt.prediction import unpredicted
 from rankopt.problem import space_of
 from rankopt.refit import Refit, RefitOptions
 from rankopt.result import Entry, Progress, Result
@@ -291,8 +292,11 @@ class Search:
         self.progress(Progress(0, 0, time.perf_counter() - self._began, text=text))
 
     def notes(self) -> list[str]:
-        """What the user should know: why the study ended early, how far predicted latencies are off, what was noisy."""
-        return [*([self.stopped] if self.stopped else []), *self.devices.report()]
+        """What the user should know: why the study ended early, what was not predicted from weights, how far predicted
+        latencies are off, what was noisy."""
+        groups = self.groups if "_prepared" in self.__dict__ else []
+        choices = (choice for group in groups for choice in group.choices)
+        return [*([self.stopped] if self.stopped else []), *unpredicted(choices), *self.devices.report()]
 
     def evaluate(self, plan: Plan) -> Entry:
         """Measure a plan of one's own. Raises `PlanError` or `LayerError` when it does not fit this model."""

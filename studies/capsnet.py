@@ -106,7 +106,7 @@ class Training:
 
 TRAININGS = {
     # 8.2 M parameters with the decoder, 202 M multiply-accumulates; as in the paper but for the number of steps.
-    "reference": Training({"decoder": True}, "mnist", 300, 32, 1e-3, 2, bfloat16=True),
+    "reference": Training({"decoder": True}, "mnist", 1000, 32, 1e-3, 2, bfloat16=True),
     "small": Training(
         {"channels": 32, "kernel": 5, "stride": 2, "types": 16, "primary_kernel": 5}, "mnist", 400, 100, 3e-3, 2
     ),

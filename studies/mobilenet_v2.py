@@ -13,6 +13,8 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +134,19 @@ def deeplab(root: str | None = None) -> nn.Module:
 
 
 def images(
-    root: str | None = None, folder: str | None = None, calibration: int = 64, validation: int = 200, test: int = 300
+    root: str | None = None,
+    folder: str | None = None,
+    calibration: int = 64,
+    validation: int = 200,
+    test: int = 300,
+    train: int = 0,
 ) -> dict[str, Callable[[], Any]]:
     """ImageNet images, split in the order in which they come: (n, 3, 224, 224), labels (n,).
 
     Args:
         root: holds imagenet/val1300.npz.
         folder: pictures of your own, one subfolder a class, sorted as the classes are; drawn in a fixed random order.
-        calibration, validation, test: how many.
+        calibration, validation, test, train: how many. Without any of the last, recovery trains on the first.
     """
 
     def part(start: int, count: int) -> tuple[Tensor, Tensor]:
@@ -147,11 +154,7 @@ def images(
         found = [read(n) for n in range(start, start + count)]
         return torch.stack([x for x, _ in found]), torch.tensor([y for _, y in found])
 
-    return {
-        "calibration": lambda: part(0, calibration),
-        "validation": lambda: part(calibration, validation),
-        "test": lambda: part(calibration + validation, test),
-    }
+    return _splits(part, calibration, validation, test, train)
 
 
 def segments(
@@ -161,6 +164,7 @@ def segments(
     calibration: int = 16,
     validation: int = 32,
     test: int = 64,
+    train: int = 0,
 ) -> dict[str, Callable[[], Any]]:
     """Pascal VOC pictures (n, 3, side, side) and masks (n, side, side), -1 where a pixel does not count.
 
@@ -174,11 +178,7 @@ def segments(
         found = [_framed(image, mask, side) for image, mask in pairs[start : start + count]]
         return torch.stack([x for x, _ in found]), torch.stack([y for _, y in found])
 
-    return {
-        "calibration": lambda: part(0, calibration),
-        "validation": lambda: part(calibration, validation),
-        "test": lambda: part(calibration + validation, test),
-    }
+    return _splits(part, calibration, validation, test, train)
 
 
 def mean_iou(module: nn.Module, batches: Sequence[Any], classes: int = 21) -> float:
@@ -193,6 +193,15 @@ def mean_iou(module: nn.Module, batches: Sequence[Any], classes: int = 21) -> fl
     both, present = counts.diagonal(), counts.sum(1) > 0
     union = counts.sum(0) + counts.sum(1) - both
     return float(100 * (both[present] / union[present]).mean())
+
+
+def _splits(
+    part: Callable[[int, int], Any], calibration: int, validation: int, test: int, train: int
+) -> dict[str, Callable[[], Any]]:
+    """One after the other, each read when it is needed."""
+    sizes = {"calibration": calibration, "validation": validation, "test": test} | ({"train": train} if train else {})
+    starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+    return {name: partial(part, starts[name], size) for name, size in sizes.items()}
 
 
 def _loaded(net: nn.Module, path: Path, prefix: str) -> nn.Module:

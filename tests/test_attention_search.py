@@ -20,6 +20,7 @@ from rankopt.divergence import Divergence
 from rankopt.errors import InputError, LayerError
 from rankopt.layers import find_layers, fingerprint
 from rankopt.plan import LayerChoice, Plan
+from rankopt.prediction import unpredicted
 from rankopt.space_file import load_space, resolve
 from rankopt.surgery import structure
 
@@ -245,11 +246,15 @@ def test_candidates_are_distilled_and_refusals_said() -> None:
         )
         assert [g.name for g in groups] == list(BOTH)
         offered = {c.method for c in groups[0].choices}
+        note = unpredicted(choice for group in groups for choice in group.choices)
         if causal:
             assert offered.isdisjoint(MIXERS)
+            assert note == []
             assert "causal" in groups[0].refused["attention_nmf"]
             continue
         assert set(MIXERS) <= offered
+        assert len(note) == 1
+        assert note[0].startswith(f"the prediction does not apply to {', '.join(sorted(MIXERS))}, which")
         choice = next(c for c in groups[0].choices if c.method == "attention_nmf")
         layer = groups[0].layers[0]
         begun = method("attention_nmf").stage_weights(layer, factors.full(layer, "attention_nmf"), choice.ranks)

@@ -30,10 +30,26 @@ def _needs(name: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not (ROOT / name).exists(), reason=f"{ROOT / name} is not there")
 
 
-@pytest.mark.parametrize("name", ["capsnet_digits", "capsnet_mnist", "imagenet_mobilenet_v2", "voc_deeplab"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in STUDIES.glob("*.yaml")))
 def test_study_files_are_sound(name: str) -> None:
     study = load_study(STUDIES / f"{name}.yaml")
-    assert study.limits
+    assert study.limits or name == "cifar10_compare"
+    assert study.load_space().methods
+    for spec in (study.model, study.data):
+        assert spec is not None
+        assert (STUDIES / spec.call.partition(":")[0]).is_file()
+
+
+def test_splits_share_no_image_and_training_is_optional() -> None:
+    def part(start: int, count: int) -> range:
+        return range(start, start + count)
+
+    found = {name: load() for name, load in mobilenet_v2._splits(part, 4, 3, 2, 5).items()}
+    assert [(name, len(numbers)) for name, numbers in found.items()] == [
+        ("calibration", 4), ("validation", 3), ("test", 2), ("train", 5),
+    ]  # fmt: skip
+    assert sorted(n for numbers in found.values() for n in numbers) == list(range(14))
+    assert "train" not in mobilenet_v2._splits(part, 4, 3, 2, 0)
 
 
 def test_data_that_are_not_there_are_named(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class Contracted(nn.Module):
         if self._wide[0] > self.in_features:
             flat = F.pad(flat, (0, self._wide[0] - self.in_features))
         state = flat.reshape(flat.shape[0], *(self.network.sizes[m] for m in self.network.inputs))
-        out = self.order.run(state, lambda n: self.tensors[n], lambda n: False)
+        out = self.order.run([state, *self.tensors])
         out = out.reshape(flat.shape[0], self._wide[1])[:, : self.out_features].reshape(
             *x.shape[:-1], self.out_features
         )
@@ -103,17 +103,12 @@ class ContractedEmbedding(nn.Module):
         """Row numbers (...) → rows (..., embedding_dim)."""
         flat = input.reshape(-1)
         digits = dict(zip(self.network.inputs, self.digits.of(flat), strict=True))
-        assert self.order.first is not None
-        state = self._slice(self.order.first, digits)
-        out = self.order.run(state, lambda n: self._slice(n, digits), self._each)
+        out = self.order.run([self._slice(n, digits) for n in range(len(self.tensors))])
         wide = math.prod(self.network.sizes[m] for m in self.network.outputs)
         rows = out.reshape(flat.shape[0], wide)[:, : self.embedding_dim]
         if self.padding_idx is not None:
             rows = rows.masked_fill((flat == self.padding_idx)[:, None], 0)
         return rows.reshape(*input.shape, self.embedding_dim)
-
-    def _each(self, n: int) -> bool:
-        return bool(set(self.network.tensors[n]) & set(self.network.inputs))
 
     def _slice(self, n: int, digits: dict[str, Tensor]) -> Tensor:
         """(rows, *other modes) of a tensor with input modes, else the tensor itself."""
@@ -121,7 +116,7 @@ class ContractedEmbedding(nn.Module):
         own = [m for m in modes if m in self.network.inputs]
         if not own:
             return tensor
-        order = own + [m for m in modes if m not in own]
+        order = [*own, *self.network.others(n)]
         moved = tensor.permute([modes.index(m) for m in order])
         index = digits[own[0]]
         for m in own[1:]:
@@ -136,9 +131,7 @@ class ContractedEmbedding(nn.Module):
 
 def multiplied(network: Network, tensors: Sequence[Tensor]) -> Tensor:
     """The dense weight (outputs, inputs), padding included."""
-    order = network.dense()
-    assert order.first is not None
-    whole = order.run(tensors[order.first].unsqueeze(0), lambda n: tensors[n], lambda n: False)
+    whole = network.dense().run(tensors)
     return whole.reshape(math.prod(network.sizes[m] for m in network.outputs), -1)
 
 

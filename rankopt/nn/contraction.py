@@ -1,8 +1,8 @@
 """Sums of products of tensors, two at a time, in the order that costs least.
 
-A *network* is tensors whose dimensions have letters; a letter that several share and that the result lacks is summed
-over, as in ``einsum``. `contract` is one step, a single matrix product. `plan` finds the cheapest order for one result
-by dynamic programming over the subsets of the operands.
+Tensors' dimensions have letters; a letter that several share and that the result lacks is summed over, as in
+``einsum``. `contract` is one step, a single matrix product. `cheapest` finds the order for one result by dynamic
+programming over the subsets of the operands, from the sizes alone, so that a loaded model takes the same one.
 
 Only orders are considered in which every step has an operand that carries data: a product of weights alone would be a
 part of the dense weight rebuilt in every call.
@@ -28,12 +28,26 @@ class Order:
     """An order of steps for one result, costed.
 
     Attributes:
+        operands: the letters of every operand.
+        result: the letters of the result.
         products: multiplications, also of steps that sum over nothing. Orders are chosen by it.
         macs: those of steps that sum over something, which is what counters of matrix products see.
+        steps: in order; none where sizes were arrays.
     """
 
+    operands: tuple[str, ...]
+    result: str
     products: Any
     macs: Any
+    steps: tuple[Step, ...] = ()
+
+    def run(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Carry the steps out; a single operand is brought into the order of the result."""
+        values, names = list(tensors), list(self.operands)
+        for left, right, out in self.steps:
+            values.append(contract(values[left], names[left], values[right], names[right], out))
+            names.append(out)
+        return values[-1].permute(*(names[-1].index(letter) for letter in self.result))
 
 
 @cache
@@ -57,8 +71,8 @@ def _splits(count: int, data: int) -> tuple[tuple[int, tuple[tuple[int, int], ..
     return tuple(found)
 
 
-def plan(operands: Sequence[str], data: Sequence[int], result: str, sizes: Sizes) -> tuple[Order, list[Step]]:
-    """The cheapest order, and its steps where the sizes are whole numbers (otherwise none).
+def cheapest(operands: Sequence[str], data: Sequence[int], result: str, sizes: Sizes) -> Order:
+    """The cheapest order, with its steps where the sizes are whole numbers.
 
     Args:
         operands: the letters of every operand.
@@ -66,12 +80,26 @@ def plan(operands: Sequence[str], data: Sequence[int], result: str, sizes: Sizes
         result: the letters of the result.
         sizes: letter → size.
     """
+    carrying = sum(1 << n for n in data)
+    used = sorted(set("".join(operands)))
+    if any(np.ndim(sizes[letter]) for letter in used):
+        return _search(tuple(operands), carrying, result, sizes)
+    return _found(tuple(operands), carrying, result, tuple((letter, int(sizes[letter])) for letter in used))
+
+
+@cache
+def _found(operands: tuple[str, ...], data: int, result: str, sizes: tuple[tuple[str, int], ...]) -> Order:
+    """Kept, since descents on the tensors of a network ask for the same order again and again."""
+    return _search(operands, data, result, dict(sizes))
+
+
+def _search(operands: tuple[str, ...], data: int, result: str, sizes: Sizes) -> Order:
+    """The dynamic programming; the bits of `data` say which operands carry some."""
     count, everything = len(operands), 2 ** len(operands) - 1
     kept = [_kept(operands, bits, result) for bits in range(everything + 1)]
-    zero = np.zeros((), dtype=np.int64)
-    cost: dict[int, tuple[Any, Any]] = {1 << n: (zero, zero) for n in range(count)}
+    cost: dict[int, tuple[Any, Any]] = {1 << n: (0, 0) for n in range(count)}
     choice: dict[int, Any] = {}
-    for subset, pairs in _splits(count, sum(1 << n for n in data)):
+    for subset, pairs in _splits(count, data):
         best: tuple[Any, Any] | None = None
         for number, (left, right) in enumerate(pairs):
             letters = sorted(set(kept[left]) | set(kept[right]))
@@ -82,39 +110,31 @@ def plan(operands: Sequence[str], data: Sequence[int], result: str, sizes: Sizes
             products = cost[left][0] + cost[right][0] + size
             macs = cost[left][1] + cost[right][1] + (size if summed else 0)
             if best is None:
-                best, choice[subset] = (products, macs), np.zeros(np.shape(products), dtype=np.int64) + number
-            else:
+                best, choice[subset] = (products, macs), number
+            elif np.ndim(products) or np.ndim(best[0]):
                 better = products < best[0]
                 best = np.where(better, products, best[0]), np.where(better, macs, best[1])
-                choice[subset] = np.where(better, number, choice[subset])
+            elif products < best[0]:
+                best, choice[subset] = (products, macs), number
         if best is not None:
             cost[subset] = best
-    order = Order(*cost[everything])
-    if np.ndim(order.products):
-        return order, []
+    products, macs = cost[everything]
+    if np.ndim(products):
+        return Order(operands, result, products, macs)
     steps: list[Step] = []
-    cuts = dict(_splits(count, sum(1 << n for n in data)))
+    cuts = dict(_splits(count, data))
 
     def take(subset: int) -> int:
         """The operand that this subset becomes."""
         if subset.bit_count() == 1:
             return subset.bit_length() - 1
-        left, right = cuts[subset][int(choice[subset])]
+        left, right = cuts[subset][choice[subset]]
         pair = take(left), take(right)
         steps.append((*pair, result if subset == everything else kept[subset]))
         return count + len(steps) - 1
 
     take(everything)
-    return order, steps
-
-
-def run(steps: Sequence[Step], operands: Sequence[Tensor], letters: Sequence[str], result: str) -> Tensor:
-    """Carry the steps out; a single operand is brought into the order of the result."""
-    tensors, names = list(operands), list(letters)
-    for left, right, out in steps:
-        tensors.append(contract(tensors[left], names[left], tensors[right], names[right], out))
-        names.append(out)
-    return tensors[-1].permute(*(names[-1].index(letter) for letter in result))
+    return Order(operands, result, products, macs, tuple(steps))
 
 
 def contract(a: Tensor, a_letters: str, b: Tensor, b_letters: str, out: str) -> Tensor:

@@ -9,7 +9,7 @@ is done in every iteration. `routing_orders` finds the cheapest choice, with the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankopt.nn.capsules import RoutedCapsules
-from rankopt.nn.contraction import Step, plan, run
+from rankopt.nn.contraction import Order, cheapest
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,15 @@ class Orders:
     Attributes:
         macs: multiply-accumulates of one sample, in all iterations together.
         once: factors that the input is multiplied with before the routing.
-        opened: letters of what that gives.
-        opening, total, agreement: the steps of the three parts (none where sizes were arrays).
+        opening: from the input and these factors to what the routing starts from.
+        total, agreement: from that, the coupling or the capsules above, and the other factors, in every iteration.
     """
 
     macs: Any
     once: tuple[int, ...]
-    opened: str
-    opening: tuple[Step, ...] = ()
-    total: tuple[Step, ...] = ()
-    agreement: tuple[Step, ...] = ()
+    opening: Order
+    total: Order
+    agreement: Order
 
 
 def routing_orders(network: Network, sizes: Mapping[str, Any], iterations: Any) -> Orders:
@@ -71,22 +70,23 @@ def routing_orders(network: Network, sizes: Mapping[str, Any], iterations: Any) 
     for once in (chosen for size in range(len(network.factors) + 1) for chosen in combinations(every, size)):
         rest = [network.factors[n] for n in every if n not in once]
         opened = _opened(network, once, u + c + v)
-        opening, first = (
-            plan([u, *(network.factors[n] for n in once)], [0], opened, sizes) if once else (None, list[Step]())
+        opening = cheapest([u, *(network.factors[n] for n in once)], [0], opened, sizes)
+        total = cheapest([opened, c, *rest], [0, 1], v, sizes)
+        agreement = cheapest([opened, v, *rest], [0, 1], agreed, sizes)
+        products, macs = (
+            first + iterations * second + (iterations - 1) * third
+            for first, second, third in (
+                (opening.products, total.products, agreement.products),
+                (opening.macs, total.macs, agreement.macs),
+            )
         )
-        total, second = plan([opened, c, *rest], [0, 1], v, sizes)
-        agreement, third = plan([opened, v, *rest], [0, 1], agreed, sizes)
-        products = iterations * total.products + (iterations - 1) * agreement.products
-        macs = iterations * total.macs + (iterations - 1) * agreement.macs
-        if opening is not None:
-            products, macs = products + opening.products, macs + opening.macs
         if best is None:
-            best = products, Orders(macs, once, opened, tuple(first), tuple(second), tuple(third))
+            best = products, Orders(macs, once, opening, total, agreement)
         elif np.ndim(products):
             better = products < best[0]
-            best = np.where(better, products, best[0]), Orders(np.where(better, macs, best[1].macs), (), "")
+            best = np.where(better, products, best[0]), replace(best[1], macs=np.where(better, macs, best[1].macs))
         elif products < best[0]:
-            best = products, Orders(macs, once, opened, tuple(first), tuple(second), tuple(third))
+            best = products, Orders(macs, once, opening, total, agreement)
     assert best is not None
     return best[1]
 
@@ -143,24 +143,15 @@ class FactoredCapsules(RoutedCapsules):
 
     def products(self, u: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
         """See the class."""
-        orders, letters = self.orders, self.network.factors
-        factors, below = list(self.factors), self.network.below
-        rest = [n for n in range(len(factors)) if n not in orders.once]
-        placed = self._placed(u, 1)
-        opened = placed
-        if orders.once:
-            operands = [placed, *(factors[n] for n in orders.once)]
-            names = [f"n{below}e", *(letters[n] for n in orders.once)]
-            opened = run(orders.opening, operands, names, orders.opened)
-        tensors, names = [factors[n] for n in rest], [letters[n] for n in rest]
+        orders, factors = self.orders, list(self.factors)
+        opened = orders.opening.run([self._placed(u, 1), *(factors[n] for n in orders.once)])
+        rest = [factor for n, factor in enumerate(factors) if n not in orders.once]
 
         def total(coupling: Tensor) -> Tensor:
-            c = self._placed(coupling, 2)
-            return run(orders.total, [opened, c, *tensors], [orders.opened, f"nj{below}", *names], "njd")
+            return orders.total.run([opened, self._placed(coupling, 2), *rest])
 
         def agreement(v: Tensor) -> Tensor:
-            found = run(orders.agreement, [opened, v, *tensors], [orders.opened, "njd", *names], f"nj{below}")
-            flat = found.reshape(u.shape[0], self.out_caps, self._places)
+            flat = orders.agreement.run([opened, v, *rest]).reshape(u.shape[0], self.out_caps, self._places)
             return flat.index_select(2, self.places) if self.padded else flat
 
         return total, agreement

@@ -100,7 +100,12 @@ def begin(
     Optuna show them; above `_MOST_LAYERS` layers they stand in its attributes alone.
     """
     params, distributions = layer_parameters(space, plan)
-    attributes = {PLAN: plan.to_dict(short=True), PROPOSAL: dict(proposal), "predicted_kl": space.predicted(plan), **besides}
+    attributes = {
+        PLAN: plan.to_dict(short=True),
+        PROPOSAL: dict(proposal),
+        "predicted_kl": space.predicted(plan),
+        **besides,
+    }
     template = optuna.trial.create_trial(
         state=TrialState.RUNNING, params=params, distributions=distributions, user_attrs=attributes
     )

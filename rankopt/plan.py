@@ -8,7 +8,7 @@ JSON (schema 1)::
                 "fc": {"method": "dense", "ranks": {}}},
      "skipped": {"head": "shares its weight with emb"}}
 
-Studies hold it shorter (schema 2): a choice is a text, ``"conv1": "tucker2(rank_out=24, rank_in=16)"``, ``"fc": "dense"``.
+Studies hold it shorter (schema 2), with texts for choices: ``"conv1": "tucker2(rank_out=24, rank_in=16)"``.
 """
 
 from __future__ import annotations

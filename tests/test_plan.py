@@ -74,7 +74,7 @@ def _with(layers: str, head: str = '"schema": 1, ') -> str:
         (_with("[]"), "layers must be"),
         (_with("null"), "layers must be"),
         ('{"schema": 1}', "layers must be"),
-        (_with("{}", '"schema": 2, '), "schema must be 1, got 2"),
+        (_with("{}", '"schema": 3, '), "schema must be 1 or 2, got 3"),
         (_with("{}", '"schema": true, '), "schema must be 1"),
         (_with("{}", '"schema": "1", '), "schema must be 1"),
         (_with("{}", ""), "schema must be 1"),

@@ -27,6 +27,7 @@ from rankopt.errors import PlanError
 SCHEMA, SHORT = 1, 2
 _MAX_BYTES = 64 * 2**20
 _MAX_RANK = 2**31
+_NAME = re.compile(r"\w+", re.ASCII)
 _TEXT = re.compile(r"(\w+)(?:\((\w+=\d{1,10}(?:, \w+=\d{1,10})*)\))?", re.ASCII)
 
 
@@ -64,7 +65,8 @@ class LayerChoice:
     @cached_property
     def short(self) -> str | dict[str, Any]:
         """As it stands in studies: a text, unless a name is none that can be read back."""
-        return self._said if _TEXT.fullmatch(self._said) else {"method": self.method, "ranks": dict(self.ranks)}
+        plain = all(_NAME.fullmatch(name) for name in (self.method, *self.ranks))
+        return self._said if plain else {"method": self.method, "ranks": dict(self.ranks)}
 
     def __hash__(self) -> int:
         return self._hash

@@ -53,7 +53,7 @@ class TrialRows(RDBStorage):
         written.
         """
         with self._transaction() as session:
-            trial = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
+            trial: Any = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
             self.check_trial_is_updatable(trial_id, trial.state)
             for table, attributes in _tables(user_attrs, system_attrs):
                 if attributes:  # some may be there already
@@ -99,10 +99,10 @@ class TrialRows(RDBStorage):
             datetime_complete=template_trial.datetime_complete, params={}, distributions={}, user_attrs={},
             system_attrs={}, intermediate_values=template_trial.intermediate_values,
         )  # fmt: skip
-        trial = super()._get_prepared_new_trial(study_id, bare, session)
+        trial: Any = super()._get_prepared_new_trial(study_id, bare, session)
         self._insert_params(session, study_id, trial.trial_id, template_trial)
         _insert_attributes(session, trial.trial_id, template_trial.user_attrs, template_trial.system_attrs)
-        return trial
+        return trial  # type: ignore[no-any-return]
 
     def _insert_params(self, session: Session, study_id: int, trial_id: int, given: FrozenTrial) -> None:
         known: dict[tuple[int, str], BaseDistribution] = vars(self).setdefault("_known", {})

@@ -102,7 +102,7 @@ class TrialRows(RDBStorage):
         trial: Any = super()._get_prepared_new_trial(study_id, bare, session)
         self._insert_params(session, study_id, trial.trial_id, template_trial)
         _insert_attributes(session, trial.trial_id, template_trial.user_attrs, template_trial.system_attrs)
-        return trial  # type: ignore[no-any-return]
+        return trial
 
     def _insert_params(self, session: Session, study_id: int, trial_id: int, given: FrozenTrial) -> None:
         known: dict[tuple[int, str], BaseDistribution] = vars(self).setdefault("_known", {})

@@ -406,11 +406,12 @@ def tables(runs: Runs) -> Iterator[str]:
         spared = line["spared"]
         yield from (
             "", "## What trials have in common", "",
-            f"{line['network']}, {line['trials']} trials of `mixed`. The layers before the first one that a plan chooses"
-            + " otherwise than every earlier plan need not run again where their outputs were held. Held from the second"
-            + f" time on that such a beginning occurs, that would spare {100 * spared['all']:.0f} % of a trial's work (in"
-            + f" dense MACs); with room for 64 beginnings {100 * spared['64']:.0f} %, for 16 {100 * spared['16']:.0f} %."
-            + " One takes up to 48 MiB here (1,000 images in bfloat16, 256 in float32), so nothing is held.",
+            f"{line['network']}, {line['trials']} trials of `mixed`. The layers before the first one that a plan"
+            " chooses otherwise than every earlier plan need not run again where their outputs were held. Held from the"
+            f" second time on that such a beginning occurs, that would spare {100 * spared['all']:.0f} % of a trial's"
+            f" work (in dense MACs); with room for 64 beginnings {100 * spared['64']:.0f} %, for 16"
+            f" {100 * spared['16']:.0f} %. One takes up to 48 MiB here (1,000 images in bfloat16, 256 in float32), so"
+            " nothing is held.",
         )  # fmt: skip
     for line in runs.find(part="scale")[-1:]:
         yield from ("", "## Scale: 100 layers of 40 candidates", "", "| | |", "|---|---|")

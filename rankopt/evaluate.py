@@ -24,6 +24,7 @@ from rankopt.factors import Factors
 from rankopt.layer_spec import LayerSpec, apart
 from rankopt.layers import call_model, inference
 from rankopt.limits import Limit
+from rankopt.norm_fold import folding, followers
 from rankopt.plan import Plan
 from rankopt.precision import EXACT, Precision, device_of
 from rankopt.refit import Refit
@@ -115,6 +116,9 @@ class Evaluator:
         # A user's own metric sees batches as they came; else pieces whose activations fit the processor's caches.
         pieces = self.validation if callable(metric) else [p for b in self.validation for p in cut(b, _PIECE)]
         self._pieces, self._fast_pieces = pieces, fast.batches(pieces)
+        exact = not fast.bfloat16 or self.bn != "off" or recovery is not None
+        names = [la.name for la in self.layers]
+        self._followers = {} if exact or not pieces else followers(model, names, pieces[0])
         self._dense_outputs: dict[int, tuple[Sequence[Batch], list[Tensor]]] = {}
         self.dense = {"macs": float(cost.macs), "params": float(cost.params), **self.quality(model)}
         if devices:
@@ -141,14 +145,20 @@ class Evaluator:
         """The compressed model in eval mode: applied, refitted, recovered, batch norm recalibrated if `bn` says so.
 
         The plan must be checked before, since weights are not compared with its fingerprint here (see `apply`). With
-        `quick` it is refitted as trials run models, and its weights are in that memory format.
+        `quick` it is made as trials run models: refitted so, in that memory format, and in bfloat16 without its norms.
         """
         built = apply(self.model, plan, self.factors, other_weights=True).eval()
         built = self.fast.module_(built) if quick else built
+        modules = dict(built.named_modules())
+        lasts = {n: method(c.method).last(modules[n]) for n, c in plan.changed().items()}
+        refitted = {n: last for n, last in lasts.items() if last is not None and self.refit is not None}
+        pairs = self._followers if quick else {}
+        fold = folding(pairs, built, {n: lasts.get(n, modules[n]) for n in pairs})
+        for name in pairs:
+            if self.refit is None or name not in self.refit.order or name not in refitted:
+                fold(name)
         if self.refit is not None:
-            modules = dict(built.named_modules())
-            lasts = {n: method(c.method).last(modules[n]) for n, c in plan.changed().items()}
-            self.refit(built, {n: last for n, last in lasts.items() if last is not None}, quick)
+            self.refit(built, refitted, quick, fold)
         if self.recovery is not None:
             built = self.recovery(built, self.model, plan)
         if bn is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,7 @@ from rankopt.plan import LayerChoice
 from rankopt.spool import Spool
 
 _LARGE = 4 * 2**20  # weight entries above which float32 is used, since float64 would not pay for its time and memory
+_SLICES = 8  # what share of the memory holds slices
 _POLISHED = 8 * 2**20  # weight entries above which nothing is polished: it takes eight copies of the weight in float64
 
 
@@ -49,7 +51,10 @@ class Factors:
         self._modules = dict(model.named_modules())
         self._metrics = metrics if callable(metrics) else (metrics or {}).get
         self._informed = metrics is not None  # otherwise factorized from weights alone
-        self._spool = Spool(max_bytes)
+        self._most_sliced = max_bytes // _SLICES
+        self._spool = Spool(max_bytes - self._most_sliced)
+        self._slices: OrderedDict[str, list[Tensor]] = OrderedDict()
+        self._sliced = 0
         self.polish = polish
         self.gradient = gradient
         self.samples: dict[str, BlockSamples] = {}
@@ -59,7 +64,10 @@ class Factors:
         way = method(choice.method)
         if way.twin:
             return self(layer, LayerChoice(way.twin, choice.ranks))
-        key = f"{layer.name}|{choice.method}|{sorted(choice.ranks.items())}"
+        key = f"{layer.name}|{choice.method}|{sorted(choice.ranks.items())}{'|gradient' * self.gradient}"
+        if self.polish and key in self._slices:
+            self._slices.move_to_end(key)
+            return list(self._slices[key])
         if not way.sliceable and key in self._spool:
             return [t for _, t in sorted(self._spool.get(key).items())]
         weights = way.stage_weights(layer, self.full(layer, choice.method), choice.ranks)
@@ -67,9 +75,18 @@ class Factors:
             weights = way.distil(layer, choice.ranks, weights, self._modules[layer.name], self.samples[layer.name])
         elif self.polish and math.prod(layer.weight_shape) <= _POLISHED and (metric := self.metric(layer.name)).known:
             weights = way.polish(layer, weights, self.weight(layer).to(weights[0].dtype), metric)
+            if way.sliceable:
+                self._remember(key, weights)
         if not way.sliceable:
             self._spool.put(key, {f"{n:02d}": w.contiguous() for n, w in enumerate(weights)})
         return weights
+
+    def _remember(self, key: str, weights: Sequence[Tensor]) -> None:
+        """Polishing a slice is dear: those that were used last are held, in an eighth of the memory."""
+        self._slices[key] = [_own(w) for w in weights]
+        self._sliced += _bytes(weights)
+        while self._sliced > self._most_sliced:
+            self._sliced -= _bytes(self._slices.popitem(last=False)[1])
 
     def keep(self, layer: LayerSpec, samples: object) -> None:
         """Hold the samples of a layer for as long as its methods may have to be distilled."""
@@ -112,3 +129,7 @@ def _own(tensor: Tensor) -> Tensor:
     """The tensor in memory of its own: a view would hold all that it was cut from."""
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

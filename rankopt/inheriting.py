@@ -21,7 +21,7 @@ def inherit(loop: Loop, old: Judged, evaluate: Evaluate) -> None:
     try:
         found = evaluate(old.plan, loop.setting.limits, lambda known: True, old.quality)
     except Exception as error:
-        failed = {PLAN: old.plan.to_dict(), PLAN_DIGEST: old.plan.digest, REASON: reason_of(error)}
+        failed = {PLAN: old.plan.to_dict(short=True), PLAN_DIGEST: old.plan.digest, REASON: reason_of(error)}
         _add(loop, old, optuna.trial.create_trial(state=TrialState.FAIL, user_attrs=failed))
         return
     values = [v for v in told_values(found.measurements, loop.objectives) if v is not None]
@@ -31,7 +31,7 @@ def inherit(loop: Loop, old: Judged, evaluate: Evaluate) -> None:
     numbers = {k: share if k == "budget" else v for k, v in old.numbers.items()}
     params, distributions = layer_parameters(loop.space, old.plan)
     attributes = {
-        PLAN: old.plan.to_dict(),
+        PLAN: old.plan.to_dict(short=True),
         PROPOSAL: Proposal(old.plan, "inherited", numbers).to_dict(),
         VALUES: found.measurements,
         EXCESS: found.violations,

@@ -27,7 +27,7 @@ from rankopt.measurement import same_conditions
 from rankopt.plan import Plan
 from rankopt.result import MAXIMIZED, Entry, Result
 from rankopt.space import SearchSpace
-from rankopt.storages import alone, file_of, open_storage, shown
+from rankopt.storages import alone, end_trial, file_of, open_storage, shown
 
 FACTS, DENSE, LIMITS, CONDITIONS, CONFIRMED, SAID, WANTED = (
     f"rankopt:{name}" for name in ("begun_with", "dense", "limits", "conditions", "confirmed", "said", "wanted")
@@ -104,7 +104,12 @@ def begin(
     Optuna show them; above `_MOST_LAYERS` layers they stand in its attributes alone.
     """
     params, distributions = layer_parameters(space, plan)
-    attributes = {PLAN: plan.to_dict(), PROPOSAL: dict(proposal), "predicted_kl": space.predicted(plan), **besides}
+    attributes = {
+        PLAN: plan.to_dict(short=True),
+        PROPOSAL: dict(proposal),
+        "predicted_kl": space.predicted(plan),
+        **besides,
+    }
     template = optuna.trial.create_trial(
         state=TrialState.RUNNING, params=params, distributions=distributions, user_attrs=attributes
     )
@@ -126,17 +131,15 @@ def finish(
     So a process that is killed meanwhile leaves a running trial, never a finished one that lacks something. Raises
     Optuna's `UpdateFinishedTrialError` when the trial was ended by someone else.
     """
-    storage = study._storage
+    system: dict[str, Any] = {}
+    if constraints:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # constraints of made trials are experimental
+            made = optuna.trial.create_trial(state=TrialState.RUNNING, constraints=dict(constraints))
+        # optuna-dashboard 0.21 reads constraints as Optuna 4 kept them
+        system = {**made.system_attrs, "constraints": list(constraints.values())}
     with written():
-        for key, value in attributes.items():
-            storage.set_trial_user_attr(trial, key, value)
-        if constraints:
-            running = optuna.Trial(study, trial)
-            for limit, by in constraints.items():
-                running.set_constraint(limit, by)
-            # optuna-dashboard 0.21 reads constraints as Optuna 4 kept them
-            storage.set_trial_system_attr(trial, "constraints", list(constraints.values()))
-        storage.set_trial_state_values(trial, state, values)
+        end_trial(study._storage, trial, state, values, attributes, system)
 
 
 def counts(trial: FrozenTrial) -> bool:

@@ -17,7 +17,7 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
-from rankopt.errors import KilledError, RankoptError, reason_of
+from rankopt.errors import InfeasibleError, KilledError, RankoptError, reason_of
 from rankopt.evaluate import Evaluate, Evaluation
 from rankopt.interrupts import uninterrupted
 from rankopt.ledger import (
@@ -42,7 +42,7 @@ from rankopt.stopping import Stopping
 from rankopt.strategies import strategy_for
 from rankopt.strategies.strategy import Exhausted, Proposal, Setting, Standing
 from rankopt.trials import Trials, proposal_of, spent
-from rankopt.worth import Gains, excess_over, signed, told_values, volume, worth
+from rankopt.worth import Gains, excess_over, signed, told_values, worth
 
 _MAX_FAILURES = 8
 _MOST_RETRIES = 2
@@ -100,11 +100,13 @@ class Loop:
         self._refused = {t.user_attrs[PLAN_DIGEST] for t in past if PLAN_DIGEST in t.user_attrs}
         self.done = len(past)
         self.strategy.recall([pair for t in past if (pair := self._past(t)) is not None])
-        self._gains = Gains(gathered(study, setting.limits, []))
-        if stopping.patience is not None:
-            entries = {e.trial: e for e in known}
-            for trial in past:
-                self._gains.add(entries.get(trial.number))
+        self._empty = gathered(study, setting.limits, [])
+        self._gains, self._best = Gains(self._empty), list[Entry]()
+        with suppress(InfeasibleError):
+            self._best = [self._empty.best()]  # the dense model, where it is an entry
+        measured = {e.trial: e for e in self.measured.values()}
+        for trial in past:
+            self._grow(measured.get(trial.number))
         self._spent = 0.0 if stopping.time_limit is None else spent(study.get_trials(deepcopy=False))
         self._failures: list[str] = []
         self._exhausted = False
@@ -270,7 +272,7 @@ class Loop:
         if not self._end(asked, TrialState.FAIL, {**ran, REASON: why}):
             return
         self.done += 1
-        self._gains.add(None)
+        self._grow(None)
         self._failures.append(f"trial {asked.trial.number}: {why}")
         self._failed(asked.proposal)
 
@@ -294,7 +296,7 @@ class Loop:
             feasible = all(by <= 0 for by in excess.values())
             self._last = Entry(number, proposal.plan, found.measurements, feasible, found.notes)
             self.measured.setdefault(proposal.plan.digest, self._last)
-        self._gains.add(self._last)
+        self._grow(self._last)
         self.strategy.told(proposal, Told(proposal.numbers, signed(values, self.objectives), excess, proposal.marks))
 
     # what others have done -------------------------------------------------------------------------------------------
@@ -312,7 +314,7 @@ class Loop:
         entries = [e for e in entries if None not in told_values(e.measurements, self.objectives)]
         for entry in entries:
             self.measured.setdefault(entry.plan.digest, entry)
-        self._gains.add(entries[0] if entries else None)
+        self._grow(entries[0] if entries else None)
         if (pair := self._past(trial)) is not None:
             self.strategy.told(*pair)
 
@@ -328,14 +330,17 @@ class Loop:
         excess = excess_over(self.setting.limits, measured, self.setting.dense)
         return proposal, Told(proposal.numbers, values, excess, proposal.marks)
 
+    def _grow(self, entry: Entry | None) -> None:
+        """One trial more, and what it measured."""
+        self._gains.add(entry)
+        if entry is not None:
+            with suppress(InfeasibleError):
+                self._best = [replace(self._empty, entries=[*self._best, entry]).best()]
+
     def standing_at(self, text: str = "") -> Progress:
         """What a watcher is told."""
         seconds, trials = time.perf_counter() - self._start, self.setting.trials
         if text:
             return Progress(self.done, trials, seconds, text=text)
-        result = gathered(self.study, self.setting.limits, self.measured.values())
-        try:
-            best: Mapping[str, float | None] | None = result.best().measurements
-        except RankoptError:
-            best = None
-        return Progress(self.done, trials, seconds, best, volume(result), entry=self._last)
+        best = self._best[0].measurements if self._best else None
+        return Progress(self.done, trials, seconds, best, self._gains.volume, entry=self._last)

@@ -96,7 +96,10 @@ class LossModel:
             return
         self._fitted = count
         plans, losses = plans[:count], losses[:count]
-        pairs = [(p, v) for p, v in zip(plans, losses, strict=True) if v > 0 and p.changed()][-_REMEMBERED:]
+        pairs: list[tuple[Plan, float]] = []
+        for plan, loss in zip(reversed(plans), reversed(losses), strict=True):
+            if len(pairs) < _REMEMBERED and loss > 0 and any(c.method != "dense" for c in plan.layers.values()):
+                pairs.insert(0, (plan, loss))
         picked = [self._picks(plan) for plan, _ in pairs]
         rows = [(row, v) for row, (_, v) in zip(picked, pairs, strict=True) if row is not None]
         if not rows:

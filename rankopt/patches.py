@@ -26,6 +26,8 @@ def patches(layer: LayerSpec, x: Tensor, positions: Tensor | None = None) -> Ten
     if layer.dims == 0:
         flat = x.reshape(x.shape[0], -1, layer.groups, layer.in_channels // layer.groups)
         return flat if positions is None else flat[:, positions]
+    if positions is not None and not layer.transposed and layer.padding_mode == "zeros":
+        return _gathered(layer, x, positions)
     windows = _windows(layer, x)
     n, d = x.shape[0], layer.dims
     out = windows.shape[2 : 2 + d]
@@ -36,6 +38,30 @@ def patches(layer: LayerSpec, x: Tensor, positions: Tensor | None = None) -> Ten
         index: tuple[Any, ...] = (slice(None), slice(None), *torch.unravel_index(positions, out))
         picked = windows[index].transpose(1, 2)
     return picked.reshape(n, -1, layer.groups, layer.in_channels // layer.groups * math.prod(layer.kernel_size))
+
+
+def _gathered(layer: LayerSpec, x: Tensor, positions: Tensor) -> Tensor:
+    """The same for some positions of a convolution, without a padded copy of the whole input."""
+    before = [low for low, _ in _sides(layer)]
+    index = torch.zeros(len(positions), 1, dtype=torch.long)
+    inside = torch.ones(len(positions), 1, dtype=torch.bool)
+    for d, (at, size) in enumerate(zip(torch.unravel_index(positions, _out_size(layer, x)), x.shape[2:], strict=True)):
+        taps = torch.arange(layer.kernel_size[d]) * layer.dilation[d] - before[d]
+        place = at.to(taps)[:, None] * layer.stride[d] + taps  # (positions, taps) along this dimension
+        kept = (place >= 0) & (place < size)
+        index = (index[:, :, None] * size + place.clamp(0, size - 1)[:, None]).flatten(1)
+        inside = (inside[:, :, None] & kept[:, None]).flatten(1)
+    flat = x.flatten(2) if x.is_contiguous() else x.movedim(1, -1).flatten(1, -2).transpose(1, 2)
+    picked = flat[:, :, index.flatten().to(x.device)]
+    picked[:, :, (~inside).flatten().nonzero()[:, 0].to(x.device)] = 0  # what lies in the padding
+    rows = picked.unflatten(2, index.shape).transpose(1, 2)  # (n, positions, in, kernel)
+    return rows.reshape(len(x), -1, layer.groups, layer.in_channels // layer.groups * math.prod(layer.kernel_size))
+
+
+def _out_size(layer: LayerSpec, x: Tensor) -> tuple[int, ...]:
+    reach = [(k - 1) * s + 1 for k, s in zip(layer.kernel_size, layer.dilation, strict=True)]
+    sizes = zip(x.shape[2:], _sides(layer), reach, layer.stride, strict=True)
+    return tuple((n + low + high - r) // s + 1 for n, (low, high), r, s in sizes)
 
 
 def output_rows(layer: LayerSpec, y: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -62,14 +88,17 @@ def _windows(layer: LayerSpec, x: Tensor) -> Tensor:
     return x
 
 
+def _sides(layer: LayerSpec) -> list[tuple[int, int]]:
+    """How much is padded before and behind, dimension by dimension."""
+    if isinstance(layer.padding, str):
+        same = layer.padding == "same"
+        totals = [s * (k - 1) if same else 0 for k, s in zip(layer.kernel_size, layer.dilation, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    return [(p, p) for p in layer.padding]
+
+
 def _padded(layer: LayerSpec, x: Tensor) -> Tensor:
-    sides: list[int] = []
-    for d in reversed(range(layer.dims)):
-        if isinstance(layer.padding, str):
-            total = layer.dilation[d] * (layer.kernel_size[d] - 1)
-            sides += [total // 2, total - total // 2]
-        else:
-            sides += [layer.padding[d], layer.padding[d]]
+    sides = [n for pair in reversed(_sides(layer)) for n in pair]
     if not any(sides):
         return x
     return F.pad(x, sides, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)

@@ -7,12 +7,15 @@ JSON (schema 1)::
      "layers": {"conv1": {"method": "tucker2", "ranks": {"rank_out": 24, "rank_in": 16}},
                 "fc": {"method": "dense", "ranks": {}}},
      "skipped": {"head": "shares its weight with emb"}}
+
+Studies hold it shorter (schema 2), with texts for choices: ``"conv1": "tucker2(rank_out=24, rank_in=16)"``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -21,9 +24,11 @@ from typing import Any
 
 from rankopt.errors import PlanError
 
-SCHEMA = 1
+SCHEMA, SHORT = 1, 2
 _MAX_BYTES = 64 * 2**20
 _MAX_RANK = 2**31
+_NAME = re.compile(r"\w+", re.ASCII)
+_TEXT = re.compile(r"(\w+)(?:\((\w+=\d{1,10}(?:, \w+=\d{1,10})*)\))?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,18 @@ class LayerChoice:
                 raise PlanError(f"{self.method}: {name} must be a whole number from 1, got {rank!r}")
 
     def __str__(self) -> str:
+        return self._said
+
+    @cached_property
+    def _said(self) -> str:
         ranks = ", ".join(f"{k}={v}" for k, v in self.ranks.items())
         return f"{self.method}({ranks})" if ranks else self.method
+
+    @cached_property
+    def short(self) -> str | dict[str, Any]:
+        """As it stands in studies: a text, unless a name is none that can be read back."""
+        plain = all(_NAME.fullmatch(name) for name in (self.method, *self.ranks))
+        return self._said if plain else {"method": self.method, "ranks": dict(self.ranks)}
 
     def __hash__(self) -> int:
         return self._hash
@@ -92,8 +107,9 @@ class Plan:
     @cached_property
     def digest(self) -> str:
         """Twelve hexadecimal digits that name the decisions (not the model)."""
-        changed = sorted(self.changed().items(), key=lambda pair: pair[0])
-        text = ", ".join(f"{_quoted(name)}: {choice.text}" for name, choice in changed)
+        layers = self.layers
+        changed = [(name, layers[name]) for name in sorted(layers)]
+        text = ", ".join([f"{_quoted(n)}: {c.text}" for n, c in changed if c.method != "dense"])
         return hashlib.sha256(f"{{{text}}}".encode()).hexdigest()[:12]
 
     def changed(self) -> dict[str, LayerChoice]:
@@ -107,15 +123,18 @@ class Plan:
             counts[choice.method] = counts.get(choice.method, 0) + 1
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        out: dict[str, Any] = {"schema": SCHEMA}
+    def to_dict(self, short: bool = False) -> dict[str, Any]:
+        """The JSON form; `short` is that of studies, which hold thousands of plans. `from_dict` reads both."""
+        out: dict[str, Any] = {"schema": SHORT if short else SCHEMA}
         if self.fingerprint is not None:
             out["fingerprint"] = {
                 "architecture": self.fingerprint.architecture,
                 "weights": self.fingerprint.weights,
             }
-        out["layers"] = {n: {"method": c.method, "ranks": dict(c.ranks)} for n, c in self.layers.items()}
+        if short:
+            out["layers"] = {n: c.short for n, c in self.layers.items()}
+        else:
+            out["layers"] = {n: {"method": c.method, "ranks": dict(c.ranks)} for n, c in self.layers.items()}
         if self.skipped:
             out["skipped"] = dict(self.skipped)
         return out
@@ -132,12 +151,19 @@ class Plan:
         unknown = set(data) - {"schema", "fingerprint", "layers", "skipped"}
         if unknown:
             raise PlanError(f"{where}: unknown key {sorted(unknown)[0]!r}")
-        if data.get("schema") != SCHEMA or isinstance(data.get("schema"), bool):
-            raise PlanError(f"{where}: schema must be {SCHEMA}, got {data.get('schema')!r}")
+        schema = data.get("schema")
+        if schema not in (SCHEMA, SHORT) or isinstance(schema, bool):
+            raise PlanError(f"{where}: schema must be {SCHEMA} or {SHORT}, got {schema!r}")
         layers = data.get("layers")
         if not isinstance(layers, dict):
             raise PlanError(f"{where}: layers must be an object of layer name to choice")
-        choices = {name: _choice(entry, f"{where}: layers.{name}") for name, entry in layers.items()}
+        try:  # at once where all are texts, of which a study says the same over and over
+            choices = {name: _read(entry) for name, entry in layers.items()} if schema == SHORT else {}
+        except (PlanError, TypeError):
+            choices = {}
+        if not choices:
+            short = schema == SHORT
+            choices = {name: _choice(entry, f"{where}: layers.{name}", short) for name, entry in layers.items()}
         return cls(choices, _fingerprint(data.get("fingerprint"), where), _texts(data.get("skipped", {}), where))
 
     @classmethod
@@ -185,7 +211,24 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a value that a plan can hold")
 
 
-def _choice(entry: Any, where: str) -> LayerChoice:
+@lru_cache(maxsize=2**14)
+def _read(text: str) -> LayerChoice:
+    """A choice from its text, as `LayerChoice.short` gives it; raises `PlanError` when it is none."""
+    found = _TEXT.fullmatch(text)
+    if found is None:
+        raise PlanError(f"{text[:80]!r} is no choice such as 'svd(rank=8)' or 'dense'")
+    pairs = [part.split("=") for part in (found[2] or "").split(", ") if part]
+    if len(dict(pairs)) < len(pairs):
+        raise PlanError(f"{text[:80]!r} names a rank twice")
+    return LayerChoice(found[1], {name: int(rank) for name, rank in pairs})
+
+
+def _choice(entry: Any, where: str, short: bool = False) -> LayerChoice:
+    if short and isinstance(entry, str):
+        try:
+            return _read(entry)
+        except PlanError as error:
+            raise PlanError(f"{where}: {error}") from None
     if not isinstance(entry, dict) or set(entry) - {"method", "ranks"} or not isinstance(entry.get("method"), str):
         raise PlanError(f'{where} must be {{"method": name, "ranks": {{...}}}}, got {str(entry)[:80]}')
     ranks = entry.get("ranks", {})

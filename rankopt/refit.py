@@ -93,7 +93,13 @@ class Refit:
             for batch in self.batches:
                 model(*batch.args, **batch.kwargs)
 
-    def __call__(self, compressed: nn.Module, replaced: Mapping[str, nn.Module], quick: bool = False) -> None:
+    def __call__(
+        self,
+        compressed: nn.Module,
+        replaced: Mapping[str, nn.Module],
+        quick: bool = False,
+        solved: Callable[[str], None] = lambda name: None,
+    ) -> None:
         """Refit in place.
 
         Args:
@@ -101,15 +107,24 @@ class Refit:
             replaced: layer name → the last stage of what stands in its place (`Decomposition.last`), a Linear or a
                 convolution whose output is the layer's. Other layers stay as they are.
             quick: run it as `fast` says, with weights in that memory format.
+            solved: told a layer as soon as its last stage is solved for good, before that stage runs.
         """
         with (self.fast if quick else EXACT).on(self._device):
-            for _ in range(self.options.passes):
-                self._refit(compressed, replaced, self._fast_batches if quick else self.batches)
+            for left in reversed(range(self.options.passes)):
+                told = (lambda name: None) if left else solved
+                self._refit(compressed, replaced, self._fast_batches if quick else self.batches, told)
 
-    def _refit(self, compressed: nn.Module, replaced: Mapping[str, nn.Module], batches: Sequence[Batch]) -> None:
+    def _refit(
+        self,
+        compressed: nn.Module,
+        replaced: Mapping[str, nn.Module],
+        batches: Sequence[Batch],
+        solved: Callable[[str], None],
+    ) -> None:
         names = [name for name in self.order if name in replaced]
         if len(self.batches) == 1:
-            with inference(compressed), plain_attention(), _pre_hooks(replaced, names, self._solve_at_once):
+            solve = partial(self._solve_at_once, solved)
+            with inference(compressed), plain_attention(), _pre_hooks(replaced, names, solve):
                 self._run(compressed, batches[0])
             return
         for name in names:
@@ -119,6 +134,7 @@ class Refit:
                 with inference(compressed), plain_attention(), _pre_hooks(replaced, [name], gather):
                     self._run(compressed, batches[number])
             equations.solve(self.options.ridge)
+            solved(name)
 
     def _run(self, compressed: nn.Module, batch: Batch) -> None:
         with suppress(_Enough):
@@ -128,10 +144,11 @@ class Refit:
         equations.add(z, self._positions[name][number], self._targets[name][number])
         raise _Enough
 
-    def _solve_at_once(self, name: str, last: nn.Module, z: Tensor) -> None:
+    def _solve_at_once(self, solved: Callable[[str], None], name: str, last: nn.Module, z: Tensor) -> None:
         equations = _Equations(last)
         equations.add(z, self._positions[name][0], self._targets[name][0])
         equations.solve(self.options.ridge)
+        solved(name)
 
 
 class _Enough(Exception):

@@ -17,7 +17,7 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from rankopt.errors import InputError
 from rankopt.pareto import front
@@ -93,7 +93,7 @@ class Sampling:
         """
         seed = self.seed if self.name == "qmc" else (self.seed * 1_000_003 + number) % 2**32
         with _quiet():
-            self._study.sampler = SAMPLERS[self.name](seed)
+            self._study.sampler = self._sampler(seed)
             if given:
                 self._study.enqueue_trial({n: _inside(v, self.ranges[n]) for n, v in given.items()})
             asked = self._study.ask(self._distributions)
@@ -123,6 +123,12 @@ class Sampling:
         """Take in what earlier runs of the study were told, in their order."""
         self._told = list(history)
         self._restart()
+
+    def _sampler(self, seed: int) -> BaseSampler:
+        sampler = SAMPLERS[self.name](seed)
+        if isinstance(sampler, _Tpe):
+            sampler.ranges = self._distributions
+        return sampler
 
     def _empty(self) -> optuna.Study:
         with _quiet():
@@ -255,8 +261,17 @@ class _quiet(warnings.catch_warnings):
         return found
 
 
+class _Tpe(optuna.samplers.TPESampler):
+    """TPE that is told the ranges and need not find them in all trials, again for every trial."""
+
+    ranges: Mapping[str, BaseDistribution] = {}
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {name: self.ranges[name] for name in sorted(self.ranges) if not self.ranges[name].single()}
+
+
 def _tpe(seed: int) -> BaseSampler:
-    return optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=8, n_ei_candidates=48)
+    return _Tpe(seed=seed, multivariate=True, n_startup_trials=8, n_ei_candidates=48)
 
 
 def _nsga2(seed: int) -> BaseSampler:

@@ -81,6 +81,11 @@ class SearchSpace:
         self.update(fixed, costs)
         self.stages, self.roles = stages(self.groups), roles(self.groups)
         self.methods = sorted({c.method for g in self.groups for c in g.choices if c.method != "dense"})
+        # group → the corrections that fit it: of its stage and role, and (choices,) which of the methods' (−1: dense)
+        named = (("stage", self.stages), ("role", self.roles))
+        self._parts = [[f"{k}.{p}" for k, parts in named for p in parts if g.name in parts[p]] for g in self.groups]
+        number = {name: n for n, name in enumerate(self.methods)}
+        self._methods = [np.array([number.get(c.method, -1) for c in g.choices], dtype=np.intp) for g in self.groups]
         self.lowest, self.highest = self._range()
 
     def update(
@@ -167,7 +172,14 @@ class SearchSpace:
 
     def plan_of(self, values: Mapping[str, float]) -> Plan:
         """The plan for a budget and corrections; those that are not named are neutral."""
-        return self.solve([self._corrected(g, values) for g in self.groups], values["budget"])
+        by_method = np.array([*(values.get(f"method.{name}", 0.0) for name in self.methods), 0.0])
+        losses = []
+        for group, parts, methods in zip(self.groups, self._parts, self._methods, strict=True):
+            factor = sum(values.get(part, 0.0) for part in parts)
+            losses.append(
+                np.maximum(group.losses, 0) ** values.get("exponent", 1.0) * np.exp(factor + by_method[methods])
+            )
+        return self.solve(losses, values["budget"])
 
     @property
     def losses(self) -> list[Array]:
@@ -298,15 +310,6 @@ class SearchSpace:
         if picks is None:
             return float("nan")
         return sum(float(g.losses[pick]) for g, pick in zip(self.groups, picks, strict=True))
-
-    def _corrected(self, group: Group, values: Mapping[str, float]) -> np.ndarray:
-        losses = np.maximum(group.losses, 0) ** values.get("exponent", 1.0)
-        factor = 0.0
-        for kind, parts in (("stage", self.stages), ("role", self.roles)):
-            part = next((name for name, names in parts.items() if group.name in names), "")
-            factor += values.get(f"{kind}.{part}", 0.0)
-        factors = np.array([factor + values.get(f"method.{c.method}", 0.0) for c in group.choices])
-        return losses * np.exp(factors)
 
 
 def _levels(costs: Array, losses: Array, at: int) -> Array:

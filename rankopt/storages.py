@@ -12,7 +12,7 @@ import os
 import sqlite3
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,14 @@ from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from rankopt.errors import InputError
 from rankopt.heartbeat import identity, lives
+from rankopt.trial_rows import TrialRows
 
 _TABLE_TRIES = 20
 SERVERS = ("postgresql", "mysql", "mariadb")  # databases that several drivers may write to
@@ -95,6 +97,29 @@ def shown(url: str) -> str:
         return make_url(url).render_as_string(hide_password=True)
     except SQLAlchemyError:
         return url
+
+
+def end_trial(
+    storage: BaseStorage,
+    trial: int,
+    state: TrialState,
+    values: Sequence[float] | None,
+    user_attrs: Mapping[str, Any],
+    system_attrs: Mapping[str, Any],
+) -> None:
+    """Write down all that became of a running trial (by its id), its state last or all at once.
+
+    Raises Optuna's `UpdateFinishedTrialError` when it has ended.
+    """
+    backend = getattr(storage, "_backend", storage)  # Optuna wraps the storages of a study in a cache
+    if isinstance(backend, TrialRows):
+        backend.end_trial(trial, state, values, user_attrs, system_attrs)
+        return
+    for key, value in user_attrs.items():
+        storage.set_trial_user_attr(trial, key, value)
+    for key, value in system_attrs.items():
+        storage.set_trial_system_attr(trial, key, value)
+    storage.set_trial_state_values(trial, state, values)
 
 
 @contextmanager
@@ -178,7 +203,7 @@ def _file(url: str) -> RDBStorage:
     """An SQLite file. Who reads it in the moment in which a search makes its tables finds some of them there."""
     for attempt in range(_TABLE_TRIES):
         try:
-            return _closing(RDBStorage(url, {"connect_args": {"factory": _Connection}}))
+            return _closing(TrialRows(url, {"connect_args": {"factory": _Connection}}))
         except OperationalError as error:
             if "already exists" not in str(error) or attempt == _TABLE_TRIES - 1:
                 raise
@@ -194,7 +219,7 @@ def _server(url: str) -> RDBStorage:
         raise InputError(f"storage {shown(url)}: must be sqlite, journal, {', '.join(SERVERS)}")
     try:
         with _locked(engine, "rankopt tables"):
-            return _closing(RDBStorage(url, options))
+            return _closing(TrialRows(url, options))
     finally:
         engine.dispose()
 
@@ -206,7 +231,7 @@ def _closing(storage: RDBStorage) -> RDBStorage:
 
 
 def _engine(storage: BaseStorage) -> Engine | None:
-    backend = getattr(storage, "_backend", storage)  # Optuna wraps the storages of a study in a cache
+    backend = getattr(storage, "_backend", storage)
     return backend.engine if isinstance(backend, RDBStorage) else None
 
 

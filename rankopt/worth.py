@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rankopt.limits import Limit, measured_key
 from rankopt.pareto import hypervolume
 from rankopt.result import MAXIMIZED, Entry, Result, minimized
 
+Array = NDArray[np.float64]
 _DOUBT = 0.05  # how far a predicted latency may be off when it is asked whether a plan is worth measuring
 _WORST_KL = 3.0  # nats
 
@@ -68,29 +69,46 @@ def worth(
 
 def volume(result: Result) -> float:
     """Hypervolume of the front: kl from 3 nats down, costs as shares of dense from 1 down, accuracy from 0 up."""
-    scale = np.array(
-        [1.0 if o in ("kl", *MAXIMIZED) else result.dense.get(measured_key(o), 1.0) for o in result.objectives]
-    )
-    reference = [_WORST_KL if o == "kl" else 0.0 if o in MAXIMIZED else 1.0 for o in result.objectives]
-    points = [np.array(minimized(e.measurements, result.objectives)) / scale for e in result.front]
-    return hypervolume(points, reference) if points else 0.0
+    points = [minimized(e.measurements, result.objectives) for e in result.front]
+    return _Scale(result).volume(np.array(points))
+
+
+class _Scale:
+    """What is taken for one, and from where on a front counts."""
+
+    def __init__(self, result: Result) -> None:
+        one = [1.0 if o in ("kl", *MAXIMIZED) else result.dense.get(measured_key(o), 1.0) for o in result.objectives]
+        self._one = np.array(one)
+        self._reference = [_WORST_KL if o == "kl" else 0.0 if o in MAXIMIZED else 1.0 for o in result.objectives]
+
+    def volume(self, points: Array) -> float:
+        return hypervolume(points / self._one, self._reference) if len(points) else 0.0
 
 
 class Grown:
-    """The front of a growing number of plans, and its hypervolume."""
+    """The front of a growing number of plans, and its hypervolume; a plan that is not on it costs a comparison."""
 
     def __init__(self, result: Result) -> None:
-        self._result, self._front, self.volume = result, list[Entry](), 0.0
+        self._objectives, self._scale = result.objectives, _Scale(result)
+        self._front = np.zeros((0, len(result.objectives)))
+        self.volume = 0.0
+
+    def __len__(self) -> int:
+        return len(self._front)
 
     def add(self, entry: Entry) -> None:
         """One more plan."""
-        grown = replace(self._result, entries=[*self._front, replace(entry, feasible=True)])
-        self._front = grown.front
-        self.volume = max(self.volume, volume(replace(grown, entries=self._front)))
+        if entry.trial < 0 or any(entry.measurements.get(measured_key(o)) is None for o in self._objectives):
+            return
+        point = np.array(minimized(entry.measurements, self._objectives))
+        if np.isnan(point).any() or (self._front <= point).all(axis=1).any():
+            return
+        self._front = np.vstack([self._front[~(point <= self._front).all(axis=1)], point])
+        self.volume = max(self.volume, self._scale.volume(self._front))
 
 
 class Gains:
-    """How many trials there were since the last one by which the front grew.
+    """The front as plan after plan is measured, and how many trials there were since it grew last.
 
     As long as no plan keeps the limits it is the front of all plans, and afterwards that of those that do.
     """
@@ -98,6 +116,11 @@ class Gains:
     def __init__(self, empty: Result) -> None:
         self._all, self._kept = Grown(empty), Grown(empty)
         self.without = 0
+
+    @property
+    def volume(self) -> float:
+        """Its hypervolume."""
+        return self._kept.volume if len(self._kept) else self._all.volume
 
     def add(self, entry: Entry | None) -> None:
         """The next trial, and what it measured if it did."""

@@ -22,6 +22,16 @@ def test_json_round_trip(plan: Plan) -> None:
     assert back == plan
     assert back.digest == plan.digest
     assert hash(back) == hash(plan)
+    short = Plan.from_dict(json.loads(json.dumps(plan.to_dict(short=True))))
+    assert short == plan
+    assert short.digest == plan.digest
+
+
+def test_studies_hold_choices_as_texts() -> None:
+    plan = Plan({"a": LayerChoice("tucker2", {"rank_out": 3, "rank_in": 2}), "b": DENSE})
+    assert plan.to_dict(short=True)["layers"] == {"a": "tucker2(rank_out=3, rank_in=2)", "b": "dense"}
+    odd = Plan({"a": LayerChoice("svd(rank=3)"), "b": LayerChoice("svd", {"r=1, s": 2})})  # would be read as others
+    assert Plan.from_dict(odd.to_dict(short=True)) == odd
 
 
 @given(
@@ -74,7 +84,7 @@ def _with(layers: str, head: str = '"schema": 1, ') -> str:
         (_with("[]"), "layers must be"),
         (_with("null"), "layers must be"),
         ('{"schema": 1}', "layers must be"),
-        (_with("{}", '"schema": 2, '), "schema must be 1, got 2"),
+        (_with("{}", '"schema": 3, '), "schema must be 1 or 2, got 3"),
         (_with("{}", '"schema": true, '), "schema must be 1"),
         (_with("{}", '"schema": "1", '), "schema must be 1"),
         (_with("{}", ""), "schema must be 1"),
@@ -85,6 +95,11 @@ def _with(layers: str, head: str = '"schema": 1, ') -> str:
         (_with("{}", '"schema": 1, "skipped": ["a"], '), "skipped"),
         (_with("{}", '"schema": 1, "skipped": {"a": 1}, '), "skipped"),
         ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+        (_with('{"a": "svd(rank=0)"}', '"schema": 2, '), "layers.a: svd: rank must be a whole number from 1"),
+        (_with('{"a": "svd(rank=1, rank=2)"}', '"schema": 2, '), "layers.a: 'svd(rank=1, rank=2)' names a rank twice"),
+        (_with('{"a": "svd(rank=1"}', '"schema": 2, '), "layers.a: 'svd(rank=1' is no choice such as"),
+        (_with('{"a": "svd", "b": 3}', '"schema": 2, '), "layers.b must be"),
+        (_with('{"a": "svd(rank=1)"}'), "layers.a must be"),
         ("", "not valid JSON"),
         ("{", "not valid JSON"),
         ("[]", "needs an object, got list"),

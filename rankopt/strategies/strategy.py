@@ -186,6 +186,15 @@ class Line:
 
     def own(self) -> Array:
         """What each point adds to the area that all of them dominate together."""
-        rest = [np.delete(self.points, i, 0) for i in range(len(self.points))]
-        alone = [gains(p[[0]], p[[1]], others, (WORST_KL, 1.0)) for p, others in zip(self.points, rest, strict=True)]
-        return np.array([float(a[0]) for a in alone])
+        found = np.zeros(len(self.points))
+        inside = np.flatnonzero((self.points < (WORST_KL, 1.0)).all(axis=1))
+        edge = inside[front(self.points[inside])]
+        if len(edge) < len(inside):  # what one of them adds ends where others that it beats begin
+            rest = [np.delete(self.points, i, 0) for i in inside]
+            reference = (WORST_KL, 1.0)
+            for i, others in zip(inside, rest, strict=True):
+                found[i] = gains(self.points[[i], 0], self.points[[i], 1], others, reference)[0]
+            return found
+        losses, costs = self.points[edge].T  # losses rise, costs fall
+        found[edge] = (np.append(losses[1:], WORST_KL) - losses) * (np.append(1.0, costs[:-1]) - costs)
+        return found

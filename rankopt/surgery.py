@@ -248,7 +248,9 @@ def _copy(model: nn.Module, new: Mapping[str, nn.Module]) -> nn.Module:
     return copied
 
 
-def _keep_shared_biases(modules: Mapping[str, nn.Module], new: Mapping[str, nn.Module], memo: Mapping[int, Any]) -> None:
+def _keep_shared_biases(
+    modules: Mapping[str, nn.Module], new: Mapping[str, nn.Module], memo: Mapping[int, Any]
+) -> None:
     """A bias that a module outside holds too (in BERT's output head) is one parameter in the copy as well."""
     for name, replacement in new.items():
         old = getattr(modules[name], "bias", None)

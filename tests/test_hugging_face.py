@@ -88,9 +88,7 @@ def plan_for(model: nn.Module, kwargs: dict[str, Tensor]) -> Plan:
     choices = {
         layer.name: LayerChoice("svd", {"rank": 5})
         for layer in found
-        if layer.skip is None
-        and layer.kind != "attention"
-        and min(layer.in_channels, layer.out_channels) > 5
+        if layer.skip is None and layer.kind != "attention" and min(layer.in_channels, layer.out_channels) > 5
     }
     return Plan(choices, fingerprint(model, found), {la.name: la.skip for la in found if la.skip})
 

@@ -218,7 +218,7 @@ def test_onnx_by_the_runtime_itself(pretrained: tuple[str, nn.Module], tmp_path:
 
 @pytest.mark.slow
 def test_a_search_on_stories() -> None:
-    """Half the parameters, and the best plan is better than every layer at one share of its rank."""
+    """With 85 % of the parameters, far better than every layer at one share of its rank."""
     model = llama()
     splits = stories.data(str(ROOT))
     told, held, (tokens, following) = (*(splits[n][0] for n in ("calibration", "validation")), splits["test"])
@@ -236,12 +236,12 @@ def test_a_search_on_stories() -> None:
     space = {"methods": ["svd"]}
     result = rankopt.search(
         model, (), calibration=batches(torch.cat([told, held])), example_kwargs={"input_ids": told[:1]}, space=space,
-        limits=["params<=60%"], objectives=["kl", "params"], trials=4,
+        limits=["params<=85%"], objectives=["kl", "params"], trials=4,
     )  # fmt: skip
     best = result.best()
     assert type(small := best.build()) is type(model)
-    assert best.measurements["params_kept"] <= 0.6
-    plain = rankopt.apply(model, plan_for(model, 0.42))
-    assert count(plain, (), KWARGS).params >= 0.98 * count(small, (), KWARGS).params
-    assert nats(small) > nats(plain) + 0.3
-    assert nats(small) > -3
+    assert best.measurements["params_kept"] <= 0.85
+    plain = rankopt.apply(model, plan_for(model, 0.6))
+    assert count(plain, (), KWARGS).params >= count(small, (), KWARGS).params
+    assert nats(small) > -2.6  # dense: -1.27
+    assert nats(plain) < -4

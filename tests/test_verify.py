@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -153,12 +154,14 @@ def test_memory_is_recorded_and_compared(tmp_path: Path, monkeypatch: pytest.Mon
     kept = said["compressed"]["params"] / said["dense"]["params"]
     assert said["compressed"]["memory_kept"] == pytest.approx(kept)
     assert said["dense"]["peak_memory_mib"] == pytest.approx(said["dense"]["params"] / 2**18)
-    assert "| peak_memory_mib |" in (tmp_path / "m" / "README.md").read_text()
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert "| peak_memory_mib |" in card
+    assert re.search(r"^Measured on torch: cpu, .*threads 1, float32", card, re.MULTILINE)
     again = [c for c in verify(tmp_path / "m", dense, devices=lambda m: {"memory_kept": kept}) if c.ok is None]
     assert [c.what for c in again] == ["kl"]
-    replay = make("replay", ms_per_mmac=1.0)
+    replay = make("replay", {"ms_per_mmac": 1.0})
     assert memory_target([replay]).called == "torch"
-    assert memory_target([replay, make("torch", threads=2, label="mine")]).called == "mine"
+    assert memory_target([replay, make("torch", {"threads": 2, "label": "mine"})]).called == "mine"
 
 
 def test_without_the_dense_model(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def _ties(model: nn.Module, places: tuple[str, ...]) -> dict[str, str]:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    found = {}
+    found: dict[str, str] = {}
     for same in names.values():
         rank = {name: next((order[p] for p in places if name.startswith(p)), -1) for name in same}
         kept = min(same, key=rank.__getitem__)

@@ -172,6 +172,7 @@ def test_compressed_saved_loaded_verified_and_exported(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # eleven million parameters in ResNet-18
 def test_a_search(made: tuple[str, nn.Module, Tensor]) -> None:
     _, model, x = made
     images = torch.randn(48, 3, SIZE, SIZE)

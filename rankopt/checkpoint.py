@@ -118,10 +118,16 @@ def _of_torch(path: Path) -> dict[str, Tensor]:
 
 
 def _renamed(values: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without a prefix that all names have and the model's do not."""
+    """Without a prefix that all names have, where they fit the model better so.
+
+    A name that the file lacks does not count: of a tied tensor it may hold one name alone.
+    """
     for prefix in _PREFIXES * 2:
-        if values and all(n.startswith(prefix) for n in values) and not all(n.startswith(prefix) for n in expected):
-            values = {name.removeprefix(prefix): value for name, value in values.items()}
+        if values and all(name.startswith(prefix) for name in values):
+            bare = {name.removeprefix(prefix): value for name, value in values.items()}
+            fitting = len(values.keys() & expected.keys())
+            if fitting == 0 or len(bare.keys() & expected.keys()) > fitting:
+                values = bare
     return values
 
 

@@ -21,6 +21,7 @@ from rankopt.cli_options import (
     Gpus,
     Json,
     Limits,
+    Memory,
     Quiet,
     Shape,
     Storage,
@@ -37,6 +38,7 @@ from rankopt.errors import InputError, RankoptError
 from rankopt.handover import (
     check_exports,
     check_free,
+    check_memory,
     compared_by,
     compared_in,
     console_for,
@@ -140,6 +142,7 @@ def search(
     gpus_per_trial: Gpus = None,
     force: Force = False,
     exports: Exports = None,
+    memory: Memory = False,
     target: Targets = None,
     tensorboard: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write what every trial measures for TensorBoard, too.")
@@ -169,9 +172,10 @@ def search(
         name=executor, workers=workers, address=address, cpus_per_trial=cpus_per_trial, gpus_per_trial=gpus_per_trial
     )
     file.starting_plans("--start: " if start else None)  # refused before anything is prepared
-    if exports and out is None:
-        raise InputError("--export: needs --out DIR, where the files are written")
+    if (exports or memory) and out is None:
+        raise InputError(f"--{'export' if exports else 'memory'}: needs --out DIR, where the model is written")
     check_exports(exports)
+    check_memory(memory)
     if out is not None:
         check_free(out, force)
     with watched(file, tensorboard, mlflow, log, quiet) as progress:
@@ -185,7 +189,7 @@ def search(
                 print("rankopt: interrupted; what was measured is kept, the same command goes on", file=sys.stderr)
             raise
         best = result.best(limits)
-        saved, dense_test = save(run, best, out, force, exports) if out is not None else ({}, None)
+        saved, dense_test = save(run, best, out, force, exports, memory) if out is not None else ({}, None)
     rows = [front_row(entry) for entry in result.front]
     if as_json:
         print_json(

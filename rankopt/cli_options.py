@@ -39,6 +39,9 @@ Exports = Annotated[
     list[str] | None,
     typer.Option("--export", metavar="FORMAT", help="Write this format too: onnx, pt2, openvino or executorch."),
 ]
+Memory = Annotated[
+    bool, typer.Option("--memory", help="Measure peak memory of what is written, and of the dense model, too.")
+]
 Shape = Annotated[
     str | None,
     typer.Option("--input", metavar="SHAPE", help="E.g. 1x3x32x32 or 1x16:int64, in place of the study's."),

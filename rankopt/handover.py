@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +40,12 @@ def check_free(out: Path, force: bool) -> None:
         raise ArtifactError(f"{out}: holds no saved model, so --force does not replace it; give another --out")
 
 
+def check_memory(wanted: bool) -> None:
+    """Refuse what can't be measured here before anything is computed."""
+    if wanted and not sys.platform.startswith("linux"):
+        raise InputError(f"--memory: peak memory is measured on Linux only; this is {sys.platform}")
+
+
 def check_exports(exports: Sequence[str] | None) -> None:
     """Refuse a format that is unknown, or whose package is missing, before anything is computed."""
     if exports:
@@ -48,10 +55,10 @@ def check_exports(exports: Sequence[str] | None) -> None:
 
 
 def save(
-    run: Any, entry: Any, out: Path, force: bool, exports: Sequence[str] | None = None
+    run: Any, entry: Any, out: Path, force: bool, exports: Sequence[str] | None = None, memory: bool = False
 ) -> tuple[dict[str, Any], dict[str, float] | None]:
     """Save; returns what the reloaded model measures, and the dense model on the test data if there are any."""
-    saved = run.save(entry, out, force=force, exports=exports or ())
+    saved = run.save(entry, out, force=force, exports=exports or (), memory=memory)
     return saved, run.measure(run.model, split="test") if saved.get("test") else None
 
 
@@ -62,13 +69,14 @@ def finish_all(
     as_json: bool,
     exports: Sequence[str] | None,
     quiet: bool = False,
+    memory: bool = False,
 ) -> None:
     """Save several entries, each in its own place, and print them."""
     from rankopt.tables import front_row
 
     rows = []
     for entry, place in entries:
-        saved, dense_test = save(run, entry, place, force, exports)
+        saved, dense_test = save(run, entry, place, force, exports, memory)
         rows.append({"out": str(place), **front_row(entry), **saved, "dense_test": dense_test})
         if not as_json and not quiet:
             print_saved(console_for(), entry, place, saved, dense_test)
@@ -84,9 +92,10 @@ def finish(
     as_json: bool,
     exports: Sequence[str] | None = None,
     quiet: bool = False,
+    memory: bool = False,
 ) -> None:
     """Save, and print what the reloaded model measures."""
-    saved, dense_test = save(run, entry, out, force, exports)
+    saved, dense_test = save(run, entry, out, force, exports, memory)
     if as_json:
         from rankopt.tables import front_row
 
@@ -196,16 +205,22 @@ def save_applied(
     console.print(measured_table({"compressed": measured["compressed"], "dense": measured["dense"]}))
 
 
-def times_on(run: Any, targets: Sequence[Target]) -> Any:
+def measured_on(run: Any, targets: Sequence[Target], latency: bool, memory: bool) -> Any:
     """A function that measures a module beside the dense one on targets, for `verify`."""
 
     def measure(module: nn.Module) -> dict[str, float]:
         from rankopt.bench import bench
         from rankopt.layers import as_call
+        from rankopt.saving import memory_beside, memory_target
 
-        args, kwargs = as_call(run.example, run.example_kwargs)
-        rows = bench(run.model.eval(), {"saved": module}, args, kwargs, targets=targets)
-        return {f"latency_kept@{row['target']}": row["latency_kept"] for row in rows if row["model"] == "saved"}
+        call = as_call(run.example, run.example_kwargs)
+        found: dict[str, float] = {}
+        if latency:
+            rows = bench(run.model.eval(), {"saved": module}, *call, targets=targets)
+            found |= {f"latency_kept@{row['target']}": row["latency_kept"] for row in rows if row["model"] == "saved"}
+        if memory:
+            found |= memory_beside(memory_target(targets), run.model, module, call)["compressed"]
+        return found
 
     return measure
 

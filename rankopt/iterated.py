@@ -19,7 +19,7 @@ from torch import nn
 from rankopt import artifact
 from rankopt.chains import merged
 from rankopt.decompositions import method
-from rankopt.errors import ArtifactError, InputError
+from rankopt.errors import ArtifactError, InputError, RankoptError
 from rankopt.limits import Limit
 from rankopt.plan import Plan
 from rankopt.recovering import Recovery, beside
@@ -78,7 +78,7 @@ def compress(
             that any number of stages costs the same training.
         limits, trials, seed: in place of the study's; `trials` in every stage.
         folder: where studies, checkpoints and the models of stages are kept; beside `out`, and removed in the end, when
-            None. Running again goes on there.
+            None. Running again goes on there. Where nothing was measured before an error, nothing is left.
         force: replace a saved model in `out`.
         progress: told what happens.
 
@@ -92,6 +92,13 @@ def compress(
     if stages > 1 and not any(li.quantity not in ("accuracy", "kl") for li in wanted):
         raise InputError("stages: need a limit on a cost, which is approached step by step; give e.g. macs<=30%")
     place = folder or beside(out)
+    anew, measured = not place.exists(), False
+
+    def noted(told: Progress) -> None:
+        nonlocal measured
+        measured = measured or told.done > 0
+        progress(told)
+
     original = Recovery(file, seed=seed)
     if stages > 1:
         _check_linear(original.search)
@@ -104,7 +111,7 @@ def compress(
         share = total // stages + (stage <= total % stages)
         own_limits = stage_limits(wanted, dense, stage, stages)
         texts = [str(li) for li in own_limits]
-        say = _staged(progress, stage, stages)
+        say = _staged(noted, stage, stages)
         recovery = Recovery(
             file, steps=share, storage=f"sqlite:///{here.resolve()}/study.db", seed=seed, dense=current, progress=say
         )
@@ -117,7 +124,12 @@ def compress(
             run = Search.from_study(
                 file, own_limits, trials, f"sqlite:///{here.resolve()}/study.db", seed, model=current
             )
-            result = run.run(say)
+            try:
+                result = run.run(say)
+            except RankoptError:  # such as a limit that nothing can keep; what was measured is worth going on from
+                if folder is None and anew and not measured:
+                    shutil.rmtree(place, ignore_errors=True)
+                raise
             best = result.best(own_limits)
             if not best.plan.changed():
                 raise InputError(f"stage {stage}: within {', '.join(texts)} nothing is better than the dense model")

@@ -39,7 +39,8 @@ class LayerSpec:
     kept as (in, out), as Conv1D of transformers and embeddings do. `tied` names linear layers that hold the same weight
     turned around and are replaced together with this one (the output head of a language model). `facts` is what only
     methods for this kind ask for, such as ``(("heads", 8),)``. `own_params` are the parameter entries of a layer that
-    is not one weight and a bias.
+    is not one weight and a bias. `padding_filled`: the row of an embedding's ``padding_idx`` is not zero, which depends
+    on the weights and so is no part of the architecture.
     """
 
     name: str
@@ -62,6 +63,7 @@ class LayerSpec:
     tied: tuple[str, ...] = ()
     facts: tuple[tuple[str, Any], ...] = ()
     own_params: int | None = None
+    padding_filled: bool = field(default=False, compare=False)
     order: int = field(default=0, compare=False)
 
     @property

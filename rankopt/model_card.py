@@ -17,6 +17,7 @@ from rankopt.plan import Plan
 from rankopt.result import told
 
 _ERROR = "_se"  # how the names of standard errors end
+_SPEAKING = ("device", "processor", "runtime", "dtype")  # conditions whose values say themselves what they are
 
 
 def environment() -> dict[str, str]:
@@ -76,6 +77,7 @@ def model_card(
             "|---|---|---|",
             *(rows or ["| not measured | – | – |"]),
             "",
+            *_conditions(measurements),
             "```python",
             "import rankopt",
             "",
@@ -85,6 +87,21 @@ def model_card(
             *_exports(name, exports or {}),
         ]
     )
+
+
+def _conditions(measurements: Any) -> list[str]:
+    """Under which conditions latency and memory were measured, a paragraph for every target."""
+    known = measurements.get("conditions") if isinstance(measurements, dict) else None
+    lines = []
+    for label, facts in known.items() if isinstance(known, dict) else ():
+        if isinstance(facts, dict):
+            texts = [
+                _shown(value) if name in _SPEAKING else f"{name.replace('_', ' ')} {_shown(value)}"
+                for name, value in facts.items()
+                if name not in ("target", "architecture", "system")
+            ]
+            lines += [f"Measured on {label}: {', '.join(texts)}.", ""]
+    return lines
 
 
 def _exports(name: str, exports: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -43,12 +43,15 @@ class Entry:
         """The compressed model, refitted as in the trial."""
         return self._search().build(self.plan, bn=bool(self.notes.get("bn", 0)))
 
-    def save(self, directory: str | Path, force: bool = False, exports: Sequence[str] = ()) -> dict[str, Any]:
+    def save(
+        self, directory: str | Path, force: bool = False, exports: Sequence[str] = (), memory: bool = False
+    ) -> dict[str, Any]:
         """Write an artifact that `rankopt.load` reads; returns what the reloaded model measures.
 
-        `exports` names further formats, such as ``onnx`` and ``pt2``.
+        `exports` names further formats, such as ``onnx`` and ``pt2``. `memory`: peak memory of inference is measured
+        too (on Linux), dense and compressed, in some processes of their own.
         """
-        return self._search().save(self, directory, force=force, exports=exports)
+        return self._search().save(self, directory, force=force, exports=exports, memory=memory)
 
     def _search(self) -> Any:
         if self._owner is None:

@@ -12,6 +12,7 @@ from rankopt.cli_options import (
     Force,
     Json,
     Limits,
+    Memory,
     Out,
     Quiet,
     Shape,
@@ -26,14 +27,15 @@ from rankopt.handover import (
     call_of,
     check_exports,
     check_free,
+    check_memory,
     chosen,
     console_for,
     finish,
     finish_all,
+    measured_on,
     print_difference,
     print_json,
     save_applied,
-    times_on,
 )
 
 Model = Annotated[
@@ -52,6 +54,7 @@ def export(
     knee: Annotated[bool, typer.Option("--knee", help="The knee of the front.")] = False,
     limit: Limits = None,
     exports: Exports = None,
+    memory: Memory = False,
     storage: Storage = None,
     target: Targets = None,
     force: Force = False,
@@ -71,10 +74,11 @@ def export(
     if sum((trial is not None, top is not None, knee)) > 1:
         raise InputError("--trial, --top and --knee: each chooses what is written; give one of them")
     alone = out.suffix in (".json", ".yaml", ".yml")
-    if alone and (top is not None or exports):
-        raise InputError(f"--out {out}: names a file for one plan; with --top or --export give a directory")
+    if alone and (top is not None or exports or memory):
+        raise InputError(f"--out {out}: names a file for one plan; with --top, --export or --memory give a directory")
     given = asked(study, limit, storage, target)
     check_exports(exports)
+    check_memory(memory)
     if not alone and top is None:
         check_free(out, force)
     result = given.result()
@@ -100,9 +104,9 @@ def export(
     run = Search.from_study(given.file, limits=given.limits, storage=given.url, targets=given.targets)
     run.recorded = result
     if top is None:
-        finish(run, entries[0], out, force, as_json, exports, quiet)
+        finish(run, entries[0], out, force, as_json, exports, quiet, memory)
     else:
-        finish_all(run, list(zip(entries, places, strict=True)), force, as_json, exports, quiet)
+        finish_all(run, list(zip(entries, places, strict=True)), force, as_json, exports, quiet, memory)
 
 
 def apply(
@@ -119,6 +123,7 @@ def apply(
     ] = None,
     shape: Shape = None,
     exports: Exports = None,
+    memory: Memory = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -137,8 +142,11 @@ def apply(
 
     if (study is None) == (model is None):
         raise InputError("apply: give --study STUDY or --model CALLABLE, one of them")
+    if memory and study is None:
+        raise InputError("--memory: needs --study, which names the targets")
     decided = read_plan(plan)
     check_exports(exports)
+    check_memory(memory)
     check_free(out, force)
     if study is None:
         assert model is not None
@@ -152,7 +160,7 @@ def apply(
     from rankopt.search import Search
 
     run = Search.from_study(file.with_weights(weights) if weights else file)
-    finish(run, run.evaluate(adopted(decided, run.model)), out, force, as_json, exports, quiet)
+    finish(run, run.evaluate(adopted(decided, run.model)), out, force, as_json, exports, quiet, memory)
 
 
 def verify(
@@ -163,6 +171,7 @@ def verify(
     model: Model = None,
     shape: Shape = None,
     latency: Annotated[bool, typer.Option("--latency", help="Measure times on the study's targets again.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Measure peak memory again.")] = False,
     as_json: Json = False,
 ) -> None:
     """Check a saved model: files, plan and weights, exports, and the numbers that are stated. Exit status 1 if not.
@@ -175,8 +184,9 @@ def verify(
 
     if study is not None and model is not None:
         raise InputError("verify: --study and --model both give the dense model; give one of them")
-    if latency and study is None:
-        raise InputError("--latency: needs --study, which names the targets")
+    if (latency or memory) and study is None:
+        raise InputError(f"--{'latency' if latency else 'memory'}: needs --study, which names the targets")
+    check_memory(memory)
     if study is not None:
         from rankopt.search import Search
         from rankopt.study_file import load_study
@@ -184,9 +194,10 @@ def verify(
         file = load_study(study)
         quiet = file.model_copy(update={"target": [], "limits": [], "objectives": []})
         run = Search.from_study(quiet)
-        devices = times_on(run, file.make_targets()) if latency else None
+        devices = measured_on(run, file.make_targets(), latency, memory) if latency or memory else None
         call = call_of(file, shape)
-        checks = verified(directory, run.model, call=call, measure=run.measure, devices=devices)
+        test = (lambda module: run.measure(module, "test")) if run.tests is not None else None
+        checks = verified(directory, run.model, call=call, measure=run.measure, test=test, devices=devices)
     else:
         from rankopt.callables import load_callable
 

@@ -325,11 +325,18 @@ class Search:
         return self.evaluator.quality(module, batches)
 
     def save(
-        self, entry: Entry, directory: str | Path, force: bool = False, exports: Sequence[str] = ()
+        self,
+        entry: Entry,
+        directory: str | Path,
+        force: bool = False,
+        exports: Sequence[str] = (),
+        memory: bool = False,
     ) -> dict[str, Any]:
         """Build an entry, save it (with exports in these formats), load it back and measure what was loaded.
+
+        With `memory` peak memory is measured too, on the first target that can, else with torch.
 
         Returns:
             ``{"validation": {...}, "test": {...} or None}``, measured on the reloaded model.
         """
-        return saved(self, entry, Path(directory), force, exports)
+        return saved(self, entry, Path(directory), force, exports, memory)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankopt.declared_ties import declare
 from rankopt.decompositions import method
 from rankopt.decompositions.metric import Metric
 from rankopt.errors import InputError, LayerError, PlanError, RefusedDecomposition
@@ -241,8 +242,24 @@ def _copy(model: nn.Module, new: Mapping[str, nn.Module]) -> nn.Module:
     for name, replacement in new.items():
         if found.get(name) is not replacement:
             raise LayerError(f"{name}: was not replaced, because a module above it has a __deepcopy__ of its own")
+    _keep_shared_biases(modules, new, memo)
     _without_fast_path(copied, set(new.values()))
+    declare(copied, new)
     return copied
+
+
+def _keep_shared_biases(
+    modules: Mapping[str, nn.Module], new: Mapping[str, nn.Module], memo: Mapping[int, Any]
+) -> None:
+    """A bias that a module outside holds too (in BERT's output head) is one parameter in the copy as well."""
+    for name, replacement in new.items():
+        old = getattr(modules[name], "bias", None)
+        shared = memo.get(id(old)) if isinstance(old, nn.Parameter) else None
+        if shared is not None:
+            for part in replacement.modules():
+                own = part._parameters.get("bias")
+                if own is not None and own.shape == shared.shape:
+                    part.bias = shared
 
 
 def _culprit(model: nn.Module) -> str:

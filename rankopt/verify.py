@@ -24,7 +24,7 @@ from rankopt.traced import Call
 
 _NEAR = 1e-5  # of kl and accuracy, relative: sums may be taken in another order
 _SEED = 1_000  # other inputs than the export was checked with
-_LOOSE = 0.1  # of latency ratios
+_LOOSE = 0.1  # of latency ratios and of memory
 
 Measure = Callable[[nn.Module], Mapping[str, float]]
 
@@ -44,6 +44,7 @@ def verify(
     *,
     call: Call | None = None,
     measure: Measure | None = None,
+    test: Measure | None = None,
     devices: Measure | None = None,
 ) -> list[Check]:
     """Look at everything that is said of a saved model.
@@ -54,7 +55,8 @@ def verify(
             checked against the hashes alone.
         call: the example input that MACs were counted with; else one like that of the exports.
         measure: gives kl and accuracy of a module as they were measured when it was saved.
-        devices: gives what was measured of a module on targets, such as ``latency_kept@onnxruntime``.
+        test: likewise on the test data.
+        devices: gives what was measured of a module on targets: ``latency_kept@onnxruntime``, ``peak_memory_mib``.
 
     Returns:
         What was looked at, in order: files, plan and weights, values, exports, numbers.
@@ -77,7 +79,7 @@ def verify(
             checks.append(Check("reload equals what was saved", same, text))
         checks += _exports(directory, manifest, loaded)
         if loaded is not None:
-            checks += _numbers(directory, manifest, loaded, call, measure, devices)
+            checks += _numbers(directory, manifest, loaded, call, (measure, test, devices))
     return checks
 
 
@@ -153,11 +155,11 @@ def _numbers(
     manifest: Manifest,
     loaded: nn.Module,
     call: Call | None,
-    measure: Measure | None,
-    devices: Measure | None,
+    again: tuple[Measure | None, Measure | None, Measure | None],
 ) -> Iterator[Check]:
-    stated = artifact.read_measurements(directory).get("compressed")
-    stated = stated if isinstance(stated, dict) else {}
+    """`again` measures on validation data, test data and targets."""
+    recorded = artifact.read_measurements(directory)
+    stated, tested = (v if isinstance(v := recorded.get(k), dict) else {} for k in ("compressed", "compressed_test"))
     exact: dict[str, float] = {"params": total_params(loaded)}
     try:
         call = call if call is not None or manifest.inputs is None else fresh(manifest.inputs)
@@ -168,16 +170,21 @@ def _numbers(
     for key, value in exact.items():
         if key in stated:
             yield Check(key, stated[key] == value, f"{value:,}, stated {_text(stated[key])}")
-    for found, near in ((measure, _NEAR), (devices, _LOOSE)):
+    seen: set[str] = set()
+    for found, near, said, of in zip(
+        again, (_NEAR, _NEAR, _LOOSE), (stated, tested, stated), ("", ", test", ""), strict=True
+    ):
         for key, value in (found(loaded) if found is not None else {}).items():
-            known = stated.get(key)
+            known = said.get(key)
             if isinstance(known, int | float) and value is not None and not key.endswith("_se"):
                 close = abs(value - known) <= near * max(abs(known), abs(value), 1e-2)
-                yield Check(key, close, f"{value:.6g}, stated {known:.6g}")
-    unseen = [k for k in ("kl", "accuracy") if k in stated and measure is None]
-    unseen += [k for k in stated if k.startswith("latency_kept") and "@" not in k and devices is None]
+                seen.add(f"{key.partition('@')[0]}{of}")
+                yield Check(f"{key}{of}", close, f"{value:.6g}, stated {known:.6g}")
+    there = [k for k in ("kl", "accuracy", "latency_kept", "memory_kept") if k in stated]
+    there += [f"{k}, test" for k in ("kl", "accuracy") if k in tested]
+    unseen = [k for k in there if k not in seen]
     if unseen:
-        yield Check(", ".join(unseen), None, "needs the study's data (--study), and --latency for times")
+        yield Check("; ".join(unseen), None, "needs the study's data (--study), --latency for times, --memory")
 
 
 def _text(value: Any) -> str:

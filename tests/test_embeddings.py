@@ -111,7 +111,6 @@ def renormalized() -> nn.Embedding:
         (nn.Embedding(9, 4, max_norm=1.0), "max_norm changes its rows"),
         (nn.Embedding(9, 4, sparse=True), "sparse=True asks for sparse gradients"),
         (nn.Embedding(9, 4, scale_grad_by_freq=True), "scale_grad_by_freq"),
-        (nn.Embedding.from_pretrained(torch.ones(9, 4), padding_idx=2), "row of padding_idx is not zero"),
         (type("Own", (nn.Embedding,), {})(9, 4), "Own is a subclass that may do something else"),
     ],
 )
@@ -120,6 +119,24 @@ def test_tables_that_do_more_are_left_alone(table: nn.Embedding, says: str) -> N
     assert says in str(layer.skip)
     with pytest.raises(LayerError, match="0: can't be decomposed"):
         apply(nn.Sequential(table), Plan({"0": LayerChoice("svd", {"rank": 2})}))
+
+
+def test_a_row_of_padding_that_is_filled_is_a_row() -> None:
+    """As in pretrained models of transformers; methods whose row of padding is zero don't fit such a table."""
+    dense = nn.Sequential(nn.Embedding.from_pretrained(torch.randn(24, 16), freeze=False, padding_idx=2))
+    (layer,) = find_layers(dense, torch.tensor([1, 2]))
+    (empty,) = find_layers(nn.Sequential(nn.Embedding(24, 16, padding_idx=2)), torch.tensor([1, 2]))
+    assert layer.padding_filled
+    assert not empty.padding_filled
+    fingerprints = [fingerprint(nn.Sequential(m)) for m in (dense[0], nn.Embedding(24, 16, padding_idx=2))]
+    assert fingerprints[0].architecture == fingerprints[1].architecture
+    small = apply(dense, Plan({"0": LayerChoice("svd", {"rank": 16})}))
+    numbers = torch.tensor([[0, 2], [2, 23]])
+    torch.testing.assert_close(small(numbers), dense(numbers))
+    small(numbers).sum().backward()
+    assert not small[0][0].weight.grad[2].any()
+    assert "row of padding" in str(method("tt_matrix").why_not(layer))
+    assert method("tt_matrix").why_not(empty) is None
 
 
 def test_weights_that_are_shared_otherwise_are_left_alone() -> None:

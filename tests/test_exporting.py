@@ -24,6 +24,7 @@ from rankopt.manifest import Manifest
 from rankopt.plan import LayerChoice, Plan
 from rankopt.testing import GEOMETRIES, MATRICES
 
+pytestmark = pytest.mark.timeout(600)  # thirty layers in three formats are one export, in the setup of a single test
 # methods of layers that are in no such model; those are exported in test_capsules.py and test_attention_search.py
 PLAIN = [name for name in table() if not name.startswith(("caps_", "attention_"))]
 HERE = [name for name, one in FORMATS.items() if one.missing() is None]

@@ -68,7 +68,7 @@ def test_python_blocks_run(elsewhere: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)  # some thirty commands, among them five searches, a comparison and two trainings
 def test_commands_run(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rankopt.cli import main
 

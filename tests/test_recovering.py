@@ -211,6 +211,19 @@ def test_in_stages_the_limit_is_reached_step_by_step(study: Path, run: Any) -> N
     assert not Path("y.recovery").exists()
 
 
+def test_what_nothing_can_keep_leaves_nothing(study: Path, run: Any) -> None:
+    before = {p.name for p in Path().iterdir()}
+    assert "no plan of this search space keeps the limits" in run(
+        "compress", study, "--limit", "macs<=0.01%", "--out", "x", code=2
+    )
+    assert {p.name for p in Path().iterdir()} == before
+    limits = ("--limit", "macs<=50%", "--limit", "kl<=1e-9", "--trials", 3)
+    run("compress", study, *limits, "--out", "x", code=2)  # known only when it was measured
+    assert (Path("x.recovery") / "stage-1-of-1" / "study.db").is_file()
+    run("compress", study, *limits[:2], *limits[4:], "--out", "x")  # goes on with what is there
+    assert not Path("x.recovery").exists()
+
+
 def test_a_killed_compression_goes_on(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, out = load_study(study), Path("small")
     options: dict[str, Any] = {"stages": 2, "trials": 3, "folder": Path("kept")}

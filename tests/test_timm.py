@@ -172,10 +172,12 @@ def test_compressed_saved_loaded_verified_and_exported(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # eleven million parameters in ResNet-18
 def test_a_search(made: tuple[str, nn.Module, Tensor]) -> None:
     _, model, x = made
     images = torch.randn(48, 3, SIZE, SIZE)
-    result = rankopt.search(model, x[:1], calibration=images, limits=["macs<=70%"], trials=3)
+    space = {"methods": ["svd", "spatial_svd", "tucker2"], "keep": [0.25, 0.5, 0.75]}
+    result = rankopt.search(model, x[:1], calibration=images, limits=["macs<=70%"], trials=3, space=space)
     best = result.best()
     assert float(best.measurements["macs_kept"] or 1) <= 0.7
     assert type(best.build()) is type(model)

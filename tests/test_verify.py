@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,18 @@ import torch
 from saved_models import Net, edit, net, rehash, saved_net
 from torch import nn
 
+import rankopt
 from rankopt.artifact import load, save
 from rankopt.cli import main
 from rankopt.errors import ArtifactError, PlanError
+from rankopt.measurement import Measurement
 from rankopt.plan import LayerChoice, Plan
 from rankopt.plan_diff import diff
 from rankopt.plan_file import read_plan, write_plan
+from rankopt.saving import memory_target
+from rankopt.targets import make
+from rankopt.targets.target import Subject
+from rankopt.targets.torch_cpu import TorchCpu
 from rankopt.verify import Check, verify
 
 
@@ -105,18 +112,56 @@ def test_quality_and_times_are_measured_again(saved: Path) -> None:
             {"accuracy": 91.0, "kl": 0.02, "latency_kept": 0.7, "latency_kept@torch": 0.7}
         ),
     )
+    edit(saved, "measurements.json", lambda m: m.update(compressed_test={"accuracy": 90.0, "accuracy_se": 0.4}))
+    edit(saved, "measurements.json", lambda m: m["compressed"].update(peak_memory_mib=8.0, memory_kept=0.5))
     rehash(saved)
     unseen = [check for check in verify(saved) if check.ok is None]
-    assert [check.what for check in unseen] == ["kl, accuracy, latency_kept"]
+    assert [check.what for check in unseen] == ["kl; accuracy; latency_kept; memory_kept; accuracy, test"]
     good = verify(
         saved,
         Net,
         measure=lambda m: {"accuracy": 91.0, "kl": 0.02, "accuracy_se": 0.5},
-        devices=lambda m: {"latency_kept@torch": 0.73},
+        test=lambda m: {"accuracy": 90.0},
+        devices=lambda m: {"latency_kept@torch": 0.73, "peak_memory_mib": 8.1, "memory_kept": 0.51},
     )
-    assert failed(good) == []
+    assert [check.what for check in good if not check.ok] == []
+    assert {"accuracy, test", "memory_kept", "peak_memory_mib"} <= {check.what for check in good}
+    lost = verify(saved, Net, test=lambda m: {"accuracy": 89.0}, devices=lambda m: {"peak_memory_mib": 9.5})
+    assert failed(lost) == ["accuracy, test", "peak_memory_mib"]
     bad = verify(saved, Net, measure=lambda m: {"accuracy": 90.9}, devices=lambda m: {"latency_kept@torch": 0.9})
     assert failed(bad) == ["accuracy", "latency_kept@torch"]
+
+
+def test_memory_is_recorded_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the first target that measures it, or torch; the processes themselves are those of test_peak_memory.py."""
+
+    def held(self: TorchCpu, subject: Subject) -> Measurement:
+        kib = sum(p.numel() for p in subject.module.parameters()) / 256
+        return Measurement.of([[kib / 1024]] * 3, self.conditions(), unit="MiB")
+
+    monkeypatch.setattr(TorchCpu, "peak_memory", held)
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 8)).eval()
+    data = torch.randn(48, 32)
+    result = rankopt.search(dense, data[:1], calibration=data, limits=["macs<=60%"], trials=2)
+    best = result.best()
+    best.save(tmp_path / "without")
+    best.save(tmp_path / "m", memory=True)
+    assert "memory_kept" not in json.loads((tmp_path / "without" / "measurements.json").read_text())["compressed"]
+    said = json.loads((tmp_path / "m" / "measurements.json").read_text())
+    assert said["memory_on"] == "torch"
+    assert said["conditions"]["torch"]["target"] == "torch"
+    kept = said["compressed"]["params"] / said["dense"]["params"]
+    assert said["compressed"]["memory_kept"] == pytest.approx(kept)
+    assert said["dense"]["peak_memory_mib"] == pytest.approx(said["dense"]["params"] / 2**18)
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert "| peak_memory_mib |" in card
+    assert re.search(r"^Measured on torch: cpu, .*threads 1, float32", card, re.MULTILINE)
+    again = [c for c in verify(tmp_path / "m", dense, devices=lambda m: {"memory_kept": kept}) if c.ok is None]
+    assert [c.what for c in again] == ["kl"]
+    replay = make("replay", {"ms_per_mmac": 1.0})
+    assert memory_target([replay]).called == "torch"
+    assert memory_target([replay, make("torch", {"threads": 2, "label": "mine"})]).called == "mine"
 
 
 def test_without_the_dense_model(tmp_path: Path) -> None:
@@ -141,6 +186,7 @@ def test_the_verb(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not found["ok"]
     assert [c["what"] for c in found["checks"] if c["ok"] is False] == ["file model.pt2"]
     assert main(["verify", str(saved), "--latency"]) == 2
+    assert main(["verify", str(saved), "--memory"]) == 2
     assert main(["verify", str(saved), "--model", "saved_models:Net", "--study", "x.yaml"]) == 2
 
 

@@ -75,6 +75,8 @@ class TensorizedDecomposition(Decomposition):
             return "only the matrix of a linear layer or an embedding is turned into a tensor"
         if self.rebuilt and layer.kind == "embedding":
             return "rows of an embedding are looked up; its dense weight is never needed"
+        if layer.padding_filled:
+            return "its row of padding_idx is not zero, and the row of padding is zero here"
         least = 2 ** (self.split or 2)
         if min(layer.in_channels, layer.out_channels) < least:
             return f"a side of {min(layer.in_channels, layer.out_channels)} is too small to be split into modes"

@@ -21,7 +21,7 @@ class Embedding(Kind):
     tokens = True
 
     def unfit(self, module: nn.Module) -> str | None:
-        """Options under which a lookup is more than a lookup, and padding that is not zero."""
+        """Options under which a lookup is more than a lookup."""
         found = super().unfit(module)
         if found:
             return found
@@ -32,16 +32,15 @@ class Embedding(Kind):
             return "sparse=True asks for sparse gradients, which the factors of a product don't have"
         if m.scale_grad_by_freq:
             return "scale_grad_by_freq=True scales gradients row by row, which rows of a product share"
-        if m.padding_idx is not None and not m.weight.is_meta and bool((m.weight[m.padding_idx] != 0).any()):
-            return "its row of padding_idx is not zero, as that of a product would be"
         return None
 
     def sizes(self, module: nn.Module) -> dict[str, Any]:
-        """Rows and width."""
+        """Rows and width; whether the row of padding is filled, as in pretrained models of transformers."""
         m: Any = module
         facts = () if m.padding_idx is None else (("padding_idx", int(m.padding_idx)),)
         sizes = {"in_channels": m.num_embeddings, "out_channels": m.embedding_dim, "bias": False, "flipped": True}
-        return sizes | {"facts": facts}
+        filled = m.padding_idx is not None and not m.weight.is_meta and bool((m.weight[m.padding_idx] != 0).any())
+        return sizes | {"facts": facts, "padding_filled": filled}
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Call | str:
         """Every number is looked up alone."""

@@ -35,7 +35,8 @@ def figure(chart: Chart) -> Figure:
         height=max(200, 92 + 24 * len(chart.categories)) if chart.categories else 340,
         barmode="overlay", bargap=0.25, hovermode="closest", dragmode=False, showlegend=named,
         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
-        legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "xanchor": "left", "font": {"size": 11}},
+        legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "xanchor": "left", "font": {"size": 11},
+                "itemsizing": "constant"},
         hoverlabel={"align": "left", "namelength": 0},
         xaxis=_axis(chart, "x"), yaxis=_axis(chart, "y"),
     )  # fmt: skip
@@ -97,7 +98,8 @@ def _trace(go: Any, series: Series, named: bool) -> Any:
         shared["y"] = list(series.y)
     if series.kind in ("bars", "back"):
         back = series.kind == "back"
-        marker = {"color": series.colour, "opacity": 0.35 if back else 1.0, "line": {"width": 0}}
+        colour = _pale(series.colour) if back else series.colour  # not by opacity, which legends don't show
+        marker = {"color": colour, "line": {"width": 0}}
         return go.Bar(**shared, orientation="h", marker=marker, width=0.8 if back else 0.5)
     mode = {"points": "markers", "line": "lines+markers", "steps": "lines"}[series.kind]
     size: Any = list(series.sizes) or {"ring": 17, "star": 13}.get(series.symbol, 8)
@@ -118,8 +120,14 @@ def _add_rule(fig: Figure, rule: Rule, chart: Chart) -> None:
     at = {"x": rule.at} if rule.axis == "x" else {"y": rule.at}
     add(
         **at, line={"color": LIMIT, "width": 1.2, "dash": "dash"}, layer="below",
-        annotation={"text": escape(rule.label), "font": {"size": 11, "color": LIMIT}},
+        annotation={"text": escape(rule.label), "font": {"size": 11}},  # in the colour of the page's text
         annotation_position="bottom left" if rule.axis == "x" else "bottom right",
     )  # fmt: skip
     if rule.axis in chart.logarithmic:  # there a line is placed by its value, but a text by its logarithm
         fig.layout.annotations[-1][rule.axis] = math.log10(rule.at)
+
+
+def _pale(colour: str) -> str:
+    """#rrggbb, most of it transparent."""
+    red, green, blue = (int(colour[n : n + 2], 16) for n in (1, 3, 5))
+    return f"rgba({red},{green},{blue},0.35)"

@@ -116,11 +116,11 @@ class Evaluator:
         # A user's own metric sees batches as they came; else pieces whose activations fit the processor's caches.
         pieces = self.validation if callable(metric) else [p for b in self.validation for p in cut(b, _PIECE)]
         self._pieces, self._fast_pieces = pieces, fast.batches(pieces)
+        self._dense_outputs: dict[int, tuple[Sequence[Batch], list[Tensor]]] = {}
+        self.dense = {"macs": float(cost.macs), "params": float(cost.params), **self.quality(model)}
         exact = not fast.bfloat16 or self.bn != "off" or recovery is not None
         names = [la.name for la in self.layers]
         self._followers = {} if exact or not pieces else followers(model, names, pieces[0])
-        self._dense_outputs: dict[int, tuple[Sequence[Batch], list[Tensor]]] = {}
-        self.dense = {"macs": float(cost.macs), "params": float(cost.params), **self.quality(model)}
         if devices:
             self.use(devices)
 

@@ -17,7 +17,8 @@ import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState
 
-from rankopt.ledger import CONFIRMED, ENVIRONMENT, FACTS, NOTES, PLAN, REASON, VALUES, read_study, result_of
+from rankopt.begun import FACTS
+from rankopt.ledger import CONFIRMED, ENVIRONMENT, NOTES, PLAN, REASON, VALUES, read_study, result_of
 from rankopt.limits import Limit
 from rankopt.plan import Plan
 from rankopt.result import MAXIMIZED, Result

@@ -6,7 +6,6 @@ begun with is in the study's.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,8 @@ from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from rankopt.errors import InputError, StudyMismatchError
+from rankopt.begun import CONDITIONS, DENSE, FACTS, check_facts, facts_of, half_made
+from rankopt.errors import InputError
 from rankopt.interrupts import uninterrupted
 from rankopt.limits import Limit, parse_limit
 from rankopt.measurement import same_conditions
@@ -29,9 +29,7 @@ from rankopt.result import MAXIMIZED, Entry, Result
 from rankopt.space import SearchSpace
 from rankopt.storages import alone, end_trial, file_of, open_storage, shown
 
-FACTS, DENSE, LIMITS, CONDITIONS, CONFIRMED, SAID, WANTED = (
-    f"rankopt:{name}" for name in ("begun_with", "dense", "limits", "conditions", "confirmed", "said", "wanted")
-)
+LIMITS, CONFIRMED, SAID, WANTED = (f"rankopt:{name}" for name in ("limits", "confirmed", "said", "wanted"))
 QUALITY = ("kl", "accuracy", "accuracy_se")
 PLAN, VALUES, EXCESS, NOTES, REASON = "plan", "measurements", "violations", "notes", "reason"
 PROPOSAL = "proposal"  # how a plan came about: strategy, and the sampler's numbers
@@ -71,7 +69,7 @@ def open_study(
     directions = [StudyDirection.MAXIMIZE if o in MAXIMIZED else StudyDirection.MINIMIZE for o in objectives]
     with writable(name), written(), alone(storage, name):
         known = name in optuna.study.get_all_study_names(storage)
-        if known and _half_made(optuna.load_study(study_name=name, storage=storage)):
+        if known and half_made(optuna.load_study(study_name=name, storage=storage)):
             optuna.delete_study(study_name=name, storage=storage)
             known = False
         if not known:
@@ -84,7 +82,7 @@ def open_study(
             study.set_user_attr(FACTS, dict(facts))  # last: with them it is begun
         else:
             study = optuna.load_study(study_name=name, storage=storage)
-            _check_facts(study, name, facts)
+            check_facts(study, name, facts)
             for label, now in (conditions or {}).items():
                 begun = study.user_attrs.get(CONDITIONS, {}).get(label, {})
                 same_conditions(begun, now, f"study {name}: target {label}")
@@ -285,9 +283,9 @@ def read_study(url: str, name: str) -> optuna.Study:
     if name not in known:
         raise InputError(f"study {name}: not in {shown(url)}; it holds {', '.join(sorted(known)) or 'no study'}")
     study = optuna.load_study(study_name=name, storage=storage)
-    if _half_made(study):
+    if half_made(study):
         raise InputError(f"study {name}: nothing was searched yet ({shown(url)}); run: rankopt search")
-    _begun(study, name)
+    facts_of(study, name)
     return study
 
 
@@ -322,32 +320,6 @@ def _unchanged(dense: Mapping[str, float], limits: Sequence[Limit]) -> list[Entr
     values = {**dense, "kl": 0.0, "macs_kept": 1.0, "params_kept": 1.0}
     feasible = all(li.violation(values, dense) <= 0 for li in limits)
     return [Entry(-1, Plan({}), values, feasible)]
-
-
-def _half_made(study: optuna.Study) -> bool:
-    """Whether a process was killed while it made the study, of which there is nothing but its name."""
-    return FACTS not in study.user_attrs and set(study.user_attrs) <= {CONDITIONS, DENSE} and not study.trials
-
-
-def _begun(study: optuna.Study, name: str) -> dict[str, str]:
-    begun: dict[str, str] | None = study.user_attrs.get(FACTS)
-    if begun is None:
-        raise StudyMismatchError(f"study {name}: this storage holds a study of that name that rankopt did not begin")
-    return begun
-
-
-def _check_facts(study: optuna.Study, name: str, facts: Mapping[str, str]) -> None:
-    begun = _begun(study, name)
-    for key in [*facts, *(k for k in begun if k not in facts)]:
-        if begun.get(key) != facts.get(key):
-            raise StudyMismatchError(
-                f"study {name}: was begun with another {key} ({_short(begun.get(key))}, now {_short(facts.get(key))});"
-                " take another name or storage, or go back to it"
-            )
-
-
-def _short(value: Any) -> str:
-    return json.dumps(value)[:60] if value is not None else "none"
 
 
 def with_owner(result: Result, owner: Any) -> Result:

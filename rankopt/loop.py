@@ -17,13 +17,13 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
+from rankopt.begun import FACTS
 from rankopt.errors import InfeasibleError, KilledError, RankoptError, reason_of
 from rankopt.evaluate import Evaluate, Evaluation
 from rankopt.interrupts import uninterrupted
 from rankopt.ledger import (
     ENVIRONMENT,
     EXCESS,
-    FACTS,
     INTERRUPTED,
     NOTES,
     PLAN,

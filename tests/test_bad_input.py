@@ -326,7 +326,7 @@ PLANS: dict[str, tuple[Any, str]] = {
     "empty": ("", "not valid JSON"),
     "binary": (b"\x93NUMPY\xff", "not a text file"),
     "a list": ([], "needs an object, got list"),
-    "another schema": (layers() | {"schema": 2}, "schema must be 1, got 2"),
+    "another schema": (layers() | {"schema": 3}, "schema must be 1 or 2, got 3"),
     "unknown key": (layers() | {"layer": {}}, "unknown key 'layer'"),
     "unknown layer": ({"schema": 1, "layers": {"00": {"method": "svd", "ranks": {"rank": 3}}}}, "the closest is '0'"),
     "unknown method": (layers(method="sdv"), "unknown decomposition 'sdv'; known: dense, svd"),

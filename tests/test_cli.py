@@ -128,7 +128,7 @@ class FakeSearch:
     def evaluate(self, plan: Plan) -> FakeEntry:
         return FakeEntry(-1, {"accuracy": 90.0}, True, plan)
 
-    def save(self, entry: FakeEntry, directory: Path, force: bool = False, exports: Any = ()) -> dict[str, Any]:
+    def save(self, entry: FakeEntry, directory: Path, force: bool, exports: Any, memory: bool) -> dict[str, Any]:
         self.calls.append(("save", entry.trial, str(directory), force))
         return {"validation": {"accuracy": 97.5, "macs": 9e5}, "test": {"accuracy": 97.0, "macs": 9e5}}
 
@@ -307,7 +307,10 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["apply", "{dir}/zero.json", "--study", "{study}", "--out", "{dir}/o"],
         "layers.0: svd: rank",
     ),
-    "plan schema": (["apply", "{dir}/old.json", "--study", "{study}", "--out", "{dir}/o"], "schema must be 1, got 7"),
+    "plan schema": (
+        ["apply", "{dir}/old.json", "--study", "{study}", "--out", "{dir}/o"],
+        "schema must be 1 or 2, got 7",
+    ),
     "not a plan": (["apply", "{study}", "--study", "{study}", "--out", "{dir}/o"], "unknown key 'data'"),
 }
 

@@ -23,6 +23,7 @@ HOMES = {
         "rankopt.study",
         "rankopt.loop",
         "rankopt.inheriting",
+        "rankopt.begun",
         "rankopt.ledger",
         "rankopt.storages",
         "rankopt.trial_rows",

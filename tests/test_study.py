@@ -24,6 +24,7 @@ import yaml
 from test_space import GROUPS, cost, group, made, seeds, totals
 
 from rankopt import ledger, study
+from rankopt.begun import FACTS as BEGUN_WITH
 from rankopt.cli import main
 from rankopt.errors import InfeasibleError, InputError, RankoptError, StudyMismatchError
 from rankopt.evaluate import Evaluation
@@ -375,7 +376,7 @@ def test_killed_while_the_study_is_made(tmp_path: Path, monkeypatch: pytest.Monk
                 pass
             else:
                 break
-        begun = any(ledger.FACTS in s.user_attrs for s in optuna.get_all_study_summaries(ledger.open_storage(url)))
+        begun = any(BEGUN_WITH in s.user_attrs for s in optuna.get_all_study_summaries(ledger.open_storage(url)))
         if begun:
             assert ledger.read_result(url, "s").entries == []
         else:

@@ -4,10 +4,12 @@
 
     python benchmarks/ray_scaling.py --record
 
-The study is that of the handwritten digits. Trials that compute are real ones, with a few steps of training so that
-they take seconds, on one thread each. Trials that sleep ask the study for plans and tell it what comes out like any
-other, but their workers only wait. Rates are taken in the middle of a run: from when every worker has ended a trial
-until the last trials are handed out, without the start of Ray and of the workers, which is stated besides.
+Trials that compute are of the study of the handwritten digits, with a few steps of training so that they take
+seconds, on one thread each; their rates are taken in the middle of a run, from when every worker has ended a trial
+until the last trials are handed out. Trials that sleep are of a ResNet-20, which has plans enough for all to differ:
+they ask the study for plans and tell it what comes out like any other, but their workers only wait. Their efficiency is
+what they sleep over the mean time in which as many trials end as there are workers; how long it takes until all workers
+are there is stated besides. Plans that had been measured are not carried out again and don't count.
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from typing import Any
 import psutil
 import torch
 from machine import headed, write_record
+from networks import network
 
 from rankopt import ledger
+from rankopt.batches import Batch
 from rankopt.evaluate import Evaluation, Evaluator
 from rankopt.executors.executor import Executor
 from rankopt.executors.local import Local
@@ -62,6 +66,7 @@ class Sleeping:
 
     def __init__(self, real: Evaluator, seconds: float) -> None:
         self.real, self.sleeper = real, Sleeper(seconds)
+        self.ended: list[float] = []  # when trials came back from their workers
 
     def early(self, plan: Plan, limits: Sequence[Limit]) -> Evaluation | None:
         """Costs decide as ever."""
@@ -83,6 +88,7 @@ class Sleeping:
         known: Mapping[str, float] | None = None,
     ) -> Evaluation:
         """In this process, or the rest of it."""
+        self.ended.append(time.perf_counter())
         return self.real(plan, limits, worth, self.sleeper.judge(plan) if known is None else known)
 
 
@@ -95,24 +101,31 @@ def prepared(trials: int, steps: int) -> Search:
     return search
 
 
+def asleep(trials: int) -> Search:
+    """A study of a network with so many plans that hardly one comes twice; nothing depends on its random weights."""
+    model, example = network("resnet20")
+    images = torch.randn(16, *example.shape[1:], generator=torch.Generator().manual_seed(0))
+    search = Search(
+        model, example, calibration=[Batch((images,))], metric=None, objectives=("kl", "macs"), trials=trials,
+        strategy="correct", refit=None, threads=1,
+    )  # fmt: skip
+    search.evaluator.use(search.devices)
+    return search
+
+
 @dataclass(frozen=True)
 class Run:
     """When trials ended, in seconds from the beginning of the run."""
 
     ended: Sequence[float]
     workers: int
-    mib: float = 0.0  # of all worker processes together, at most
+    mib: float = 0.0  # of all worker processes together
 
     @property
     def rate(self) -> float:
         """Trials a second in the middle of the run."""
         first, last = self.workers - 1, len(self.ended) - self.workers
         return (last - first) / (self.ended[last] - self.ended[first])
-
-    @property
-    def start(self) -> float:
-        """Until every worker has ended a trial."""
-        return self.ended[self.workers - 1]
 
 
 def timed(search: Search, evaluate: Any, executor: Executor, workers: int) -> Run:
@@ -127,8 +140,8 @@ def timed(search: Search, evaluate: Any, executor: Executor, workers: int) -> Ru
     def told() -> None:
         nonlocal most
         ended.append(time.perf_counter() - begun)
-        if len(ended) % max(workers, 8) == 0:
-            most = max(most, worker_mib())
+        if len(ended) == 2 * workers:  # once: it takes a second of this process
+            most = worker_mib()
 
     with executor.ready():
         begun = time.perf_counter()
@@ -157,7 +170,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120, help="of training in each of them")
     parser.add_argument("--sleepers", type=int, default=64, help="workers whose trials sleep")
     parser.add_argument("--seconds", type=float, default=10.0, help="that they sleep")
-    parser.add_argument("--rounds", type=int, default=5, help="trials of a sleeping worker")
+    parser.add_argument("--rounds", type=int, default=10, help="trials of a sleeping worker")
     parser.add_argument("--quick", action="store_true", help="a few seconds of each, to see that it runs")
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
@@ -175,10 +188,13 @@ def main() -> None:
     there = timed(brief, Sleeping(brief.evaluator, 0.0), RayTune(1), 1)
     overhead = 1000 * (1 / there.rate - 1 / here.rate)
 
-    asleep = prepared(options.sleepers * options.rounds, 0)
-    run = timed(asleep, Sleeping(asleep.evaluator, options.seconds), RayTune(options.sleepers), options.sleepers)
-    efficiency = run.rate * options.seconds / options.sleepers
-    whole = len(run.ended) * options.seconds / options.sleepers / run.ended[-1]
+    many = asleep(options.sleepers * options.rounds)
+    sleeping = Sleeping(many.evaluator, options.seconds)
+    run = timed(many, sleeping, RayTune(options.sleepers), options.sleepers)
+    back = sleeping.ended
+    turns = [later - earlier for earlier, later in zip(back, back[options.sleepers :], strict=False)]
+    turn = sum(turns) / len(turns)
+    start = run.ended[-1] - (back[-1] - back[0]) - options.seconds
     lines = headed(
         "Trials on Ray's workers",
         "Two workers against one where trials compute, on one thread each, and many workers whose trials sleep.",
@@ -191,10 +207,10 @@ def main() -> None:
         "|---|---|---|",
         *computing,
         "",
-        f"{options.sleepers} workers whose trials sleep {options.seconds:g} s, {len(run.ended)} trials: "
-        f"{100 * efficiency:.1f} % of what they could do at best in the middle of the run, {100 * whole:.1f} % from "
-        f"the first asking to the last answer; the workers' start took {run.start - options.seconds:.0f} s, and all of "
-        f"them together {run.mib:.0f} MiB.",
+        f"{options.sleepers} workers whose trials sleep {options.seconds:g} s, {len(back)} of them: as many end in "
+        f"{turn:.2f} s as there are workers, an efficiency of {100 * options.seconds / turn:.1f} %. It takes "
+        f"{start:.0f} s until the first of them sleeps (Ray Tune begins none before all are there), "
+        f"{run.ended[-1]:.0f} s in all, and {run.mib:.0f} MiB.",
         "",
         f"A trial that takes no time takes {1000 / here.rate:.0f} ms in this process and {1000 / there.rate:.0f} ms on "
         f"a worker: Ray adds {overhead:.0f} ms.",

@@ -44,8 +44,7 @@ from rankopt.strategies.strategy import Exhausted, Proposal, Setting, Standing
 from rankopt.trials import Trials, proposal_of, spent
 from rankopt.worth import Gains, excess_over, signed, told_values, worth
 
-_MAX_FAILURES = 8
-_MOST_RETRIES = 2
+_MAX_FAILURES, _MOST_RETRIES = 8, 2
 _OTHER_TRIES = 8  # proposals after one whose plan is being measured
 _POLL_S = 0.2
 _FAR = "not measured on the device: another plan is better in everything"
@@ -120,6 +119,11 @@ class Loop:
     def finished(self) -> bool:
         """Whether nothing is under way here and no trial will be asked for any more."""
         return not self.pending and (self.done >= self.setting.trials or self._exhausted or bool(self.stopped))
+
+    @property
+    def drained(self) -> bool:
+        """Whether no new plan will be asked for; what is under way may have to be begun again."""
+        return self.asked >= self.setting.trials or self._exhausted or bool(self.stopped)
 
     def ask(self) -> Asked | None:
         """Begin the next trial; None when there is none to begin as things stand (see `finished`).

@@ -117,8 +117,9 @@ class Carrying:
         self._deaths[name] = text
 
     def ended(self, name: str, answer: str | None) -> None:
-        """It gave what `carried_out` gives, or nothing. Only noted; see `settle`."""
-        self._ended.append((name, answer))
+        """It gave what `carried_out` gives, or is gone without. Only noted; see `settle`."""
+        if name in self._running:  # else it had nothing to do
+            self._ended.append((name, answer))
 
     # asking ----------------------------------------------------------------------------------------------------------
 

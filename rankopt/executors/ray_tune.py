@@ -1,8 +1,9 @@
 """`RayTune`: trials on the workers of a Ray cluster, or on the processors of this machine. Ray Tune runs them.
 
-Ray Tune knows nothing of objectives, limits and the ledger: one of its trials judges one plan in a worker process, and
-its searcher (`_Bridge`) passes asking and telling on to the study's loop, in this process and thread. So a trial has as
-many objectives as it likes, and what Tune keeps of it is never read again.
+Ray Tune knows nothing of objectives, limits and the ledger: one of its trials is a worker that judges plan after plan,
+each of its results is a trial of the study, and its searcher passes asking and telling on to the study's loop, in this
+process and thread (see `bridge`). So a trial has as many objectives as it likes, and what Tune keeps of it is never
+read again.
 
 What is measured on a device is not part of Tune's trial, which holds its resources from its beginning to its end: a
 device would be taken while the quality is computed. It is measured from here, after that, one plan at a time: targets
@@ -15,29 +16,25 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from rankopt.errors import InputError, reason_of
-from rankopt.executors.worker import Judge, carried_out, order, pin, threads_of
+from rankopt.executors.worker import Judge, threads_of
 from rankopt.ray_environment import quiet
 
 quiet()
 import ray  # noqa: E402
 from ray import tune  # noqa: E402
-from ray.tune.search import Searcher  # noqa: E402
+
+from rankopt.executors.bridge import Bridge, Watch, Worker  # noqa: E402
 
 if TYPE_CHECKING:
     from rankopt.evaluate import Evaluate
-    from rankopt.executors.carrying import Carrying
     from rankopt.loop import Loop
 
 _COUNT_S = 1.0  # after which the nodes are counted again
@@ -117,7 +114,7 @@ class RayTune:
             raise InputError("executor ray: the model is on a GPU; say how much of one a trial needs by gpus_per_trial")
         with self.ready():
             self._check_room()
-            bridge = _Bridge(Carrying(loop, evaluate, told, self.room, self.trial_timeout))
+            bridge = Bridge(Carrying(loop, evaluate, told, self.room, self.trial_timeout))
             with ExitStack() as stack:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rankopt-tune-"))
                 stack.enter_context(_environment({**_TUNE, "TUNE_MAX_PENDING_TRIALS_PG": str(self.workers or 256)}))
@@ -128,10 +125,9 @@ class RayTune:
                     name="study",
                     storage_path=folder,
                     search_alg=bridge,
-                    callbacks=[_Watch(bridge)],
+                    callbacks=[Watch(bridge)],
                     num_samples=-1,
                     verbose=0,
-                    reuse_actors=True,
                     raise_on_failed_trial=False,
                     trial_name_creator=lambda trial: trial.trial_id,
                     trial_dirname_creator=lambda trial: trial.trial_id,
@@ -167,150 +163,12 @@ class RayTune:
             with by_value(ray, list(sys.modules)):  # the model's classes, the metric: whatever is not installed
                 # put here: what Tune fails to put it tries to put again at every later ray.init of this process
                 given = ray.put(judge)
-                made = tune.with_parameters(_Worker, judge=given, threads=self.threads, seconds=self.trial_timeout)
+                made = tune.with_parameters(Worker, judge=given, threads=self.threads, seconds=self.trial_timeout)
         except Exception as error:
             raise InputError(
                 f"executor ray: the model, data or metric can't be sent to workers: {reason_of(error)}"
             ) from error
         return tune.with_resources(made, tune.PlacementGroupFactory([dict(self.needs)]))
-
-
-class _Worker(tune.Trainable):
-    """A worker process: one `Trainable` that judges plan after plan."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths that the metric reads are relative to the user's folder
-        super().__init__(*args, **kwargs)
-
-    def setup(self, config: dict[str, Any], judge: Judge, threads: int, seconds: float | None) -> None:  # type: ignore[override]
-        """With what came through the object store."""
-        self._judge, self._seconds = judge, seconds
-        self._node = ray.get_runtime_context().get_node_id()
-        pin(threads)
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """The next plan."""
-        return True
-
-    def step(self) -> dict[str, Any]:
-        """Judge the plan."""
-        return {"told": carried_out(self._judge, self.config["order"], self._seconds, self._node), "done": True}
-
-
-class _Interrupted(Exception):
-    """Ctrl-C, as something after which Tune tidies up."""
-
-
-class _Bridge(Searcher):
-    """Between Tune, which asks for trials and says how they ended, and the study's. All in one thread.
-
-    Tune calls `on_trial_complete` while it changes its own state and swallows what is raised there, so endings are
-    only noted then, and `settle` is called between two of Tune's steps.
-    """
-
-    def __init__(self, carrying: Carrying) -> None:
-        super().__init__()
-        self.carrying = carrying
-        self.tune_trials: Sequence[Any] = ()
-        self._inside = False
-        self._interrupted = False
-
-    def suggest(self, trial_id: str) -> Any:
-        """The next plan to be judged, None when there is none for now, FINISHED when there will be none."""
-        with self._ours():
-            asked = self.carrying.next()
-            if asked is None:
-                return Searcher.FINISHED if self.carrying.loop.finished else None
-            self.carrying.takes(trial_id, asked)
-            return {"order": order(asked.trial.number, asked.proposal.plan)}
-
-    def settle(self) -> None:
-        """Between two events."""
-        with self._ours():
-            self.carrying.settle()
-
-    def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
-        """Note it."""
-        self.carrying.ended(trial_id, None if error or result is None else result.get("told"))
-
-    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
-        """Nothing: the ledger is the study's storage."""
-
-    def get_state(self) -> dict[str, Any]:
-        """Nothing, as above."""
-        return {}
-
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """Around Tune's run. Ctrl-C becomes KeyboardInterrupt again after Tune has tidied up."""
-        before = signal.getsignal(signal.SIGINT)
-        usr1 = signal.getsignal(signal.SIGUSR1)  # Tune takes it
-        in_main = threading.current_thread() is threading.main_thread()
-
-        def ring(number: int, frame: FrameType | None) -> None:
-            if self._inside and callable(before):
-                before(number, frame)
-            else:
-                signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one at once
-                self._interrupted = True
-
-        if in_main and callable(before):
-            signal.signal(signal.SIGINT, ring)
-        try:
-            with self.carrying.open():
-                yield
-        except _Interrupted:
-            raise KeyboardInterrupt from None
-        finally:
-            if in_main:
-                signal.signal(signal.SIGUSR1, usr1)
-                if signal.getsignal(signal.SIGINT) is ring:
-                    signal.signal(signal.SIGINT, before)
-
-    @contextmanager
-    def _ours(self) -> Iterator[None]:
-        """What is done in here may be interrupted anywhere. What is raised ends Tune's run, and its workers at once."""
-        try:
-            self._inside = True
-            if self._interrupted:
-                raise _Interrupted
-            yield
-        except KeyboardInterrupt:
-            self._kill_workers()
-            raise _Interrupted from None
-        except BaseException:
-            self._kill_workers()
-            raise
-        finally:
-            self._inside = False
-
-    def _kill_workers(self) -> None:
-        for trial in self.tune_trials:
-            actor = trial.temporary_state.ray_actor
-            if actor is not None:
-                ray.kill(actor)
-
-
-class _Watch(tune.Callback):
-    """What Tune tells a callback and not a searcher."""
-
-    def __init__(self, bridge: _Bridge) -> None:
-        self.bridge = bridge
-
-    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Between two events."""
-        self.bridge.tune_trials = trials
-        self.bridge.settle()
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Its worker is there."""
-        self.bridge.carrying.started(trial.trial_id)
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Its worker is gone."""
-        self.bridge.carrying.died(
-            trial.trial_id, Path(trial.error_file).read_text(encoding="utf-8") if trial.error_file else ""
-        )
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def workers() -> list[int]:
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if "ray::_Worker.train" in " ".join(process.cmdline()):
+            if "ray::Worker.train" in " ".join(process.cmdline()):
                 found.append(process.pid)
         except psutil.Error:
             continue

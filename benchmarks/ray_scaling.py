@@ -4,17 +4,19 @@
 
     python benchmarks/ray_scaling.py --record
 
-Trials that compute are of the study of the handwritten digits, with a few steps of training so that they take
-seconds, on one thread each; their rates are taken in the middle of a run, from when every worker has ended a trial
-until the last trials are handed out. Trials that sleep are of a ResNet-20, which has plans enough for all to differ:
-they ask the study for plans and tell it what comes out like any other, but their workers only wait. Their efficiency is
-what they sleep over the mean time in which as many trials end as there are workers; how long it takes until all workers
-are there is stated besides. Plans that had been measured are not carried out again and don't count.
+Trials that compute are of the study of the handwritten digits, with a few steps of training so that they take seconds,
+on one thread each; their rates are taken in the middle of a run, from when every worker has ended a trial until the
+last trials are handed out, in several runs by turns. Trials that sleep are of a ResNet-20, which has plans enough for
+all to differ: they ask the study for plans and tell it what comes out like any other, but their workers only wait.
+Their efficiency is what they sleep over the mean time in which as many trials end as there are workers, from when as
+many have ended: by then all workers are there. How long that takes is stated besides. Plans that had been measured are
+not carried out again and don't count.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -168,6 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=24, help="that compute")
     parser.add_argument("--steps", type=int, default=120, help="of training in each of them")
+    parser.add_argument("--turns", type=int, default=3, help="of one worker and two")
     parser.add_argument("--sleepers", type=int, default=64, help="workers whose trials sleep")
     parser.add_argument("--seconds", type=float, default=10.0, help="that they sleep")
     parser.add_argument("--rounds", type=int, default=10, help="trials of a sleeping worker")
@@ -176,12 +179,21 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.trials, options.steps, options.sleepers, options.seconds, options.rounds = 6, 10, 3, 0.5, 4
+        options.turns = 1
     torch.set_num_threads(1)
     search = prepared(options.trials, options.steps)
     local = timed(search, search.evaluator, Local(), 1)
-    runs = {n: timed(search, search.evaluator, RayTune(n), n) for n in (1, 2)}
-    names = {"this process": local, "1 worker": runs[1], "2 workers": runs[2]}
-    computing = [f"| {name} | {60 * run.rate:.1f} | {run.rate / runs[1].rate:.2f} |" for name, run in names.items()]
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(options.turns):
+        for n in rates:
+            rates[n].append(timed(search, search.evaluator, RayTune(n), n).rate)
+    ratios = sorted(two / one for one, two in zip(rates[1], rates[2], strict=True))
+    one, two = (statistics.median(rates[n]) for n in rates)
+    computing = [
+        f"| this process | {60 * local.rate:.1f} | {local.rate / one:.2f} |",
+        f"| 1 worker | {60 * one:.1f} | 1.00 |",
+        f"| 2 workers | {60 * two:.1f} | {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |",
+    ]
 
     brief = prepared(40, 0)
     here = timed(brief, Sleeping(brief.evaluator, 0.0), Local(), 1)
@@ -192,8 +204,10 @@ def main() -> None:
     sleeping = Sleeping(many.evaluator, options.seconds)
     run = timed(many, sleeping, RayTune(options.sleepers), options.sleepers)
     back = sleeping.ended
-    turns = [later - earlier for earlier, later in zip(back, back[options.sleepers :], strict=False)]
-    turn = sum(turns) / len(turns)
+    there_s = back[options.sleepers - 1] - back[0]
+    steady = back[options.sleepers :]
+    turns = [later - earlier for earlier, later in zip(steady, steady[options.sleepers :], strict=False)]
+    turn = statistics.mean(turns)
     start = run.ended[-1] - (back[-1] - back[0]) - options.seconds
     lines = headed(
         "Trials on Ray's workers",
@@ -201,16 +215,18 @@ def main() -> None:
         runtimes=("ray",),
     )
     lines += [
-        f"{options.trials} trials of the digits study with {options.steps} steps of training in each:",
+        f"{options.trials} trials of the digits study with {options.steps} steps of training in each, medians of "
+        f"{options.turns} runs by turns (and the least and most):",
         "",
         "| where | trials/min | against one worker |",
         "|---|---|---|",
         *computing,
         "",
         f"{options.sleepers} workers whose trials sleep {options.seconds:g} s, {len(back)} of them: as many end in "
-        f"{turn:.2f} s as there are workers, an efficiency of {100 * options.seconds / turn:.1f} %. It takes "
-        f"{start:.0f} s until the first of them sleeps (Ray Tune begins none before all are there), "
-        f"{run.ended[-1]:.0f} s in all, and {run.mib:.0f} MiB.",
+        f"{turn:.2f} s as there are workers, an efficiency of {100 * options.seconds / turn:.1f} %. Before that it "
+        f"takes {start:.0f} s until the first of them sleeps, and {there_s:.0f} s from when the first has slept until "
+        f"as many have as there are workers; their processes start on these cores. All together takes "
+        f"{run.ended[-1]:.0f} s, and {run.mib:.0f} MiB.",
         "",
         f"A trial that takes no time takes {1000 / here.rate:.0f} ms in this process and {1000 / there.rate:.0f} ms on "
         f"a worker: Ray adds {overhead:.0f} ms.",

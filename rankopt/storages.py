@@ -33,7 +33,12 @@ from rankopt.trial_rows import TrialRows
 
 _TABLE_TRIES = 20
 SERVERS = ("postgresql", "mysql", "mariadb")  # databases that several drivers may write to
-_EXTRAS = {"psycopg": "rankopt[postgres]", "psycopg2": "psycopg2-binary", "mysqldb": "mysqlclient"}
+_EXTRAS = {
+    "psycopg": "rankopt[postgres]",
+    "pymysql": "rankopt[mysql]",
+    "psycopg2": "psycopg2-binary",
+    "mysqldb": "mysqlclient",
+}
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

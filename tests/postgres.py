@@ -29,7 +29,7 @@ def why_not() -> str | None:
         import psycopg  # noqa: F401
     except ImportError:
         return "needs psycopg: pip install 'rankopt[postgres]'"
-    if os.geteuid() == 0 and _nobody() is None:
+    if os.geteuid() == 0 and nobody() is None:
         return "PostgreSQL refuses to be run by root, and there is no user nobody"
     return None
 
@@ -38,7 +38,7 @@ def why_not() -> str | None:
 def server() -> Iterator[str]:
     """The URL of an empty database, with {} for a database's name."""
     folder = Path(tempfile.mkdtemp(prefix="rankopt-pg-", dir="/tmp"))
-    user = _nobody() if os.geteuid() == 0 else None
+    user = nobody() if os.geteuid() == 0 else None
     given = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if user else {}
     if user:
         os.chown(folder, user.pw_uid, user.pw_gid)
@@ -93,7 +93,7 @@ def _wait(folder: Path, process: subprocess.Popen[bytes], log: Path) -> None:
             time.sleep(0.05)
 
 
-def _nobody() -> pwd.struct_passwd | None:
+def nobody() -> pwd.struct_passwd | None:
     try:
         return pwd.getpwnam("nobody")
     except KeyError:

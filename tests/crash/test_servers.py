@@ -1,13 +1,14 @@
-"""Several drivers on one study in PostgreSQL: no plan twice, nothing lost, and each learns from the other."""
+"""Several drivers on one study in PostgreSQL or MySQL: no plan twice, nothing lost, and each learns from the other."""
 
 from __future__ import annotations
 
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import mariadb_server
 import postgres
 import pytest
 from programs import Ended, Programs, check, seen, small_study, trials_of
@@ -20,19 +21,23 @@ from rankopt.plan import Plan
 from rankopt.status import read_status
 from rankopt.storages import alone, open_storage, shared
 
-pytestmark = pytest.mark.skipif(postgres.why_not() is not None, reason=str(postgres.why_not()))
+SERVERS = {"postgresql": postgres, "mysql": mariadb_server}
 TRIALS = 16
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with postgres.server() as url:
-        yield url
+@pytest.fixture(scope="module", params=SERVERS)
+def new(request: pytest.FixtureRequest) -> Iterator[Callable[[str], str]]:
+    """Makes a database on a server, and gives its URL."""
+    kind = SERVERS[request.param]
+    if why_not := kind.why_not():
+        pytest.skip(why_not)
+    with kind.server() as url:
+        yield lambda name: kind.create(url, name)
 
 
 @pytest.fixture
-def url(server: str, request: pytest.FixtureRequest) -> str:
-    return postgres.create(server, request.node.name.partition("[")[0][-40:])
+def url(new: Callable[[str], str], request: pytest.FixtureRequest) -> str:
+    return new(request.node.name.partition("[")[0][-40:])
 
 
 def drivers(url: str) -> dict[int, list[int]]:
@@ -167,8 +172,8 @@ def test_status_of_two_drivers(url: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
-def test_drivers_come_and_go(programs: Programs, server: str, tmp_path: Path, seed: int) -> None:
-    url = postgres.create(server, f"round{seed}")
+def test_drivers_come_and_go(programs: Programs, new: Callable[[str], str], tmp_path: Path, seed: int) -> None:
+    url = new(f"round{seed}")
     study, chance = small_study(tmp_path, 0.05, trials=TRIALS), random.Random(seed)
     before: dict[int, Ended] = {}
     for _ in range(2):

@@ -219,7 +219,9 @@ def measured_on(run: Any, targets: Sequence[Target], latency: bool, memory: bool
             rows = bench(run.model.eval(), {"saved": module}, *call, targets=targets)
             found |= {f"latency_kept@{row['target']}": row["latency_kept"] for row in rows if row["model"] == "saved"}
         if memory:
-            found |= memory_beside(memory_target(targets), run.model, module, call)["compressed"]
+            target = memory_target(targets)
+            held = memory_beside(target, run.model, module, call)["compressed"]
+            found |= {f"{key}@{target.called}": value for key, value in held.items()}
         return found
 
     return measure

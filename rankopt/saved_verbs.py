@@ -20,6 +20,7 @@ from rankopt.cli_options import (
     Study,
     Targets,
     asked,
+    targets_of,
 )
 from rankopt.errors import InputError
 from rankopt.handover import (
@@ -172,6 +173,7 @@ def verify(
     shape: Shape = None,
     latency: Annotated[bool, typer.Option("--latency", help="Measure times on the study's targets again.")] = False,
     memory: Annotated[bool, typer.Option("--memory", help="Measure peak memory again.")] = False,
+    target: Targets = None,
     as_json: Json = False,
 ) -> None:
     """Check a saved model: files, plan and weights, exports, and the numbers that are stated. Exit status 1 if not.
@@ -179,11 +181,15 @@ def verify(
     \b
     rankopt verify compressed
     rankopt verify compressed --study studies/digits.yaml --latency
+    rankopt verify compressed --study studies/digits.yaml --memory --target torch
     """
     from rankopt.verify import verify as verified
 
     if study is not None and model is not None:
         raise InputError("verify: --study and --model both give the dense model; give one of them")
+    targets = targets_of(target)
+    if targets and not (latency or memory):
+        raise InputError("--target: says where --latency and --memory measure again; give one of them")
     if (latency or memory) and study is None:
         raise InputError(f"--{'latency' if latency else 'memory'}: needs --study, which names the targets")
     check_memory(memory)
@@ -194,7 +200,7 @@ def verify(
         file = load_study(study)
         quiet = file.model_copy(update={"target": [], "limits": [], "objectives": []})
         run = Search.from_study(quiet)
-        devices = measured_on(run, file.make_targets(), latency, memory) if latency or memory else None
+        devices = measured_on(run, targets or file.make_targets(), latency, memory) if latency or memory else None
         call = call_of(file, shape)
         test = (lambda module: run.measure(module, "test")) if run.tests is not None else None
         checks = verified(directory, run.model, call=call, measure=run.measure, test=test, devices=devices)

@@ -25,6 +25,7 @@ from rankopt.traced import Call
 _NEAR = 1e-5  # of kl and accuracy, relative: sums may be taken in another order
 _SEED = 1_000  # other inputs than the export was checked with
 _LOOSE = 0.1  # of latency ratios and of memory
+_MEMORY = ("peak_memory_mib", "memory_kept")  # of one target, which `memory_on` names
 
 Measure = Callable[[nn.Module], Mapping[str, float]]
 
@@ -56,7 +57,7 @@ def verify(
         call: the example input that MACs were counted with; else one like that of the exports.
         measure: gives kl and accuracy of a module as they were measured when it was saved.
         test: likewise on the test data.
-        devices: gives what was measured of a module on targets: ``latency_kept@onnxruntime``, ``peak_memory_mib``.
+        devices: gives what was measured of a module on targets: ``latency_kept@TARGET``, ``peak_memory_mib@TARGET``.
 
     Returns:
         What was looked at, in order: files, plan and weights, values, exports, numbers.
@@ -175,16 +176,23 @@ def _numbers(
         again, (_NEAR, _NEAR, _LOOSE), (stated, tested, stated), ("", ", test", ""), strict=True
     ):
         for key, value in (found(loaded) if found is not None else {}).items():
+            base, _, target = key.partition("@")
             known = said.get(key)
+            if base in _MEMORY and target in ("", recorded.get("memory_on", target)):
+                known = said.get(base)
             if isinstance(known, int | float) and value is not None and not key.endswith("_se"):
                 close = abs(value - known) <= near * max(abs(known), abs(value), 1e-2)
-                seen.add(f"{key.partition('@')[0]}{of}")
+                seen.add(f"{base}{of}")
                 yield Check(f"{key}{of}", close, f"{value:.6g}, stated {known:.6g}")
     there = [k for k in ("kl", "accuracy", "latency_kept", "memory_kept") if k in stated]
     there += [f"{k}, test" for k in ("kl", "accuracy") if k in tested]
     unseen = [k for k in there if k not in seen]
     if unseen:
-        yield Check("; ".join(unseen), None, "needs the study's data (--study), --latency for times, --memory")
+        text = "needs the study's data (--study), --latency for times, --memory"
+        where = {k.partition("@")[2] for k in stated if k.startswith("latency_kept@")} | {recorded.get("memory_on")}
+        if {"latency_kept", "memory_kept"} & {*unseen} and (named := sorted(_text(w) for w in where if w)):
+            text += f", on what was measured then (--target): {', '.join(named)}"
+        yield Check("; ".join(unseen), None, text)
 
 
 def _text(value: Any) -> str:

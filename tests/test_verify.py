@@ -132,6 +132,22 @@ def test_quality_and_times_are_measured_again(saved: Path) -> None:
     assert failed(bad) == ["accuracy", "latency_kept@torch"]
 
 
+def test_numbers_of_another_target_are_not_compared(saved: Path) -> None:
+    """What a runtime needs is no fault of a model that was measured in another one; the check says which it was."""
+    edit(saved, "measurements.json", lambda m: m["compressed"].update(peak_memory_mib=8.0, memory_kept=0.5))
+    edit(saved, "measurements.json", lambda m: m["compressed"].update({"latency_kept": 0.7, "latency_kept@torch": 0.7}))
+    edit(saved, "measurements.json", lambda m: m.update(memory_on="openvino"))
+    rehash(saved)
+    there = {"latency_kept@onnxruntime": 0.3, "peak_memory_mib@torch": 99.0, "memory_kept@torch": 0.9}
+    checks = verify(saved, Net, devices=lambda m: there)
+    assert failed(checks) == []
+    (unseen,) = [check for check in checks if check.ok is None]
+    assert "latency_kept; memory_kept" in unseen.what
+    assert unseen.text.endswith("on what was measured then (--target): openvino, torch")
+    there = {"latency_kept@torch": 0.3, "peak_memory_mib@openvino": 8.1, "memory_kept@openvino": 0.9}
+    assert failed(verify(saved, Net, devices=lambda m: there)) == ["latency_kept@torch", "memory_kept@openvino"]
+
+
 def test_memory_is_recorded_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the first target that measures it, or torch; the processes themselves are those of test_peak_memory.py."""
 
@@ -187,6 +203,9 @@ def test_the_verb(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [c["what"] for c in found["checks"] if c["ok"] is False] == ["file model.pt2"]
     assert main(["verify", str(saved), "--latency"]) == 2
     assert main(["verify", str(saved), "--memory"]) == 2
+    capsys.readouterr()
+    assert main(["verify", str(saved), "--target", "torch"]) == 2
+    assert "--target: says where --latency and --memory measure again" in capsys.readouterr().err
     assert main(["verify", str(saved), "--model", "saved_models:Net", "--study", "x.yaml"]) == 2
 
 

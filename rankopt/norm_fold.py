@@ -84,9 +84,8 @@ def fold_(last: nn.Module | None, model: nn.Module, norm: str) -> bool:
             shift = shift + module.bias
         layer.weight.mul_(factor.reshape(-1, *(1,) * (layer.weight.dim() - 1)))
         layer.bias = nn.Parameter(shift, requires_grad=False)
-    vars(module)["forward"] = (
-        _same  # and no other module in its place: the layer may be folded while the norm waits for it
-    )
+    # no other module takes its place: the layer may be folded while the norm waits for it
+    vars(module)["forward"] = _same
     return True
 
 

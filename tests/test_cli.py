@@ -413,3 +413,12 @@ def test_end_to_end(shell: Callable[..., subprocess.CompletedProcess[str]], stud
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
     assert not (tmp_path / "none").exists()
+
+
+def test_as_a_module(tmp_path: Path) -> None:
+    found = subprocess.run(
+        [sys.executable, "-m", "rankopt", "layers", "none.yaml"], cwd=tmp_path, capture_output=True, text=True,
+        check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert found.returncode == 2
+    assert found.stderr == "rankopt: error: none.yaml: can't be read: No such file or directory\n"

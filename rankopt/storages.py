@@ -218,7 +218,8 @@ def _file(url: str) -> RDBStorage:
 
 def _server(url: str) -> RDBStorage:
     """A database on a server; its tables are made by one process at a time."""
-    options: dict[str, Any] = {"pool_pre_ping": True}
+    # MySQL's own level of isolation locks the gaps between rows too, and so lets drivers wait for one another
+    options: dict[str, Any] = {"pool_pre_ping": True, "isolation_level": "READ COMMITTED"}
     engine = create_engine(url, **options)
     if engine.dialect.name not in SERVERS:
         raise InputError(f"storage {shown(url)}: must be sqlite, journal, {', '.join(SERVERS)}")

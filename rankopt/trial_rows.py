@@ -8,6 +8,8 @@ values are Optuna's own, so that its other programs read and write the same stud
 from __future__ import annotations
 
 import json
+import random
+import time
 from collections import defaultdict
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +34,9 @@ from sqlalchemy.orm import Session
 _Attribute = type[models.TrialUserAttributeModel] | type[models.TrialSystemAttributeModel]
 _Rows = Mapping[int, Sequence[Any]]  # trial → its rows of one table
 
+_TRIES = 6
+_RACES = (1205, 1213, "40001", "40P01")  # what MySQL and PostgreSQL say of a transaction that lost to another one
+
 _distribution = lru_cache(maxsize=2**12)(json_to_distribution)
 _as_json = lru_cache(maxsize=2**12)(distribution_to_json)
 
@@ -49,9 +54,28 @@ class TrialRows(RDBStorage):
     ) -> None:
         """Write down all that became of a running trial, in one transaction.
 
+        A server that finds two transactions waiting for one another takes one of them back, which is tried again.
+
         Raises Optuna's `UpdateFinishedTrialError` when it has ended, and `StorageInternalError` when nothing can be
         written.
         """
+        for attempt in range(_TRIES):
+            try:
+                self._end_trial(trial_id, state, values, user_attrs, system_attrs)
+                return
+            except StorageInternalError as error:
+                if attempt == _TRIES - 1 or not _taken_back(error.__cause__):
+                    raise
+                time.sleep(random.uniform(0, 0.1) * 2**attempt)
+
+    def _end_trial(
+        self,
+        trial_id: int,
+        state: TrialState,
+        values: Sequence[float] | None,
+        user_attrs: Mapping[str, Any],
+        system_attrs: Mapping[str, Any],
+    ) -> None:
         with self._transaction() as session:
             trial: Any = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
             self.check_trial_is_updatable(trial_id, trial.state)
@@ -168,6 +192,12 @@ class TrialRows(RDBStorage):
 _USER, _SYSTEM = models.TrialUserAttributeModel, models.TrialSystemAttributeModel
 
 
+def _taken_back(error: BaseException | None) -> bool:
+    """Whether a transaction failed for others that ran at the same time, so that it may well work now."""
+    said = getattr(error, "orig", None)
+    return getattr(said, "sqlstate", None) in _RACES or (getattr(said, "args", None) or [None])[0] in _RACES
+
+
 def _tables(
     user_attrs: Mapping[str, Any], system_attrs: Mapping[str, Any]
 ) -> Iterable[tuple[_Attribute, Mapping[str, Any]]]:
@@ -223,9 +253,9 @@ def _trial(
     )
 
 
-def _local(time: datetime | None) -> datetime | None:
+def _local(moment: datetime | None) -> datetime | None:
     """Tables hold UTC, trials the local time."""
-    return None if time is None else time.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)
+    return None if moment is None else moment.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)
 
 
 def _second(row: Sequence[Any]) -> Any:

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 
 from rankopt.storages import end_trial, open_storage
 from rankopt.trial_rows import TrialRows
@@ -105,6 +106,53 @@ def test_a_trial_ends_at_once(tmp_path: Path) -> None:
         end_trial(study._storage, 77, TrialState.FAIL, None, {}, {})
     with pytest.raises(KeyError):
         backend(study).get_trial(77)
+
+
+class Said(Exception):
+    """Of a server."""
+
+    def __init__(self, *args: Any, sqlstate: str | None = None) -> None:
+        super().__init__(*args)
+        self.sqlstate = sqlstate
+
+
+@pytest.mark.parametrize("said", [Said(1213, "Deadlock found"), Said(1205, "timeout"), Said("no", sqlstate="40P01")])
+@pytest.mark.parametrize("times", [1, 3, 99])
+def test_a_transaction_that_lost_to_another_one_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Said, times: int
+) -> None:
+    left, waited = [said] * times, []
+
+    def set_value(self: TrialRows, *given: Any) -> None:
+        if left:
+            raise OperationalError("INSERT", {}, left.pop())
+        write(self, *given)
+
+    write = TrialRows._set_trial_value_without_commit
+    monkeypatch.setattr(TrialRows, "_set_trial_value_without_commit", set_value)
+    monkeypatch.setattr("time.sleep", waited.append)
+    study = study_in(tmp_path)
+    trial = study.ask()
+    if times == 99:
+        with pytest.raises(StorageInternalError):
+            end_trial(study._storage, trial._trial_id, TrialState.COMPLETE, [1.0, 2.0], {"a": 1}, {})
+        assert by_optuna(tmp_path)[0].state == TrialState.RUNNING
+        assert by_optuna(tmp_path)[0].user_attrs == {}
+        return
+    end_trial(study._storage, trial._trial_id, TrialState.COMPLETE, [1.0, 2.0], {"a": 1}, {})
+    (found,) = by_optuna(tmp_path)
+    assert (found.values, found.user_attrs, len(waited)) == ([1.0, 2.0], {"a": 1}, times)
+
+
+def test_what_else_a_server_says_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def set_value(self: TrialRows, *given: Any) -> None:
+        raise OperationalError("INSERT", {}, Said(1114, "The table is full"))
+
+    monkeypatch.setattr(TrialRows, "_set_trial_value_without_commit", set_value)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("waited"))
+    study = study_in(tmp_path)
+    with pytest.raises(StorageInternalError, match="The table is full"):
+        end_trial(study._storage, study.ask()._trial_id, TrialState.COMPLETE, [1.0, 2.0], {}, {})
 
 
 def test_a_parameter_keeps_its_kind_of_range(tmp_path: Path) -> None:

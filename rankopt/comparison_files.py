@@ -75,6 +75,8 @@ def tables(found: Comparison) -> list[Table]:
     out = []
     keys = [k for k in columns_of(found) if k not in ("trained_kl", "trained_test_accuracy")]
     for by in dict.fromkeys(row.by for row in found.rows):
+        if not ranked(found, by):
+            continue
         table = Table(box=None, pad_edge=False, header_style="bold", title=f"at equal {by}", title_justify="left")
         table.add_column("level", justify="right", no_wrap=True)
         table.add_column("method", overflow="fold", min_width=15)
@@ -110,7 +112,11 @@ def markdown(found: Comparison, title: str, head: Sequence[str] = ()) -> str:
     keys = columns_of(found)
     lines = [f"# {title}", "", *head]
     for by in dict.fromkeys(row.by for row in found.rows):
-        lines += [f"## At equal {by}", "", f"| level | method | {' | '.join(_COLUMNS[key] for key in keys)} |"]
+        lines += [f"## At equal {by}", ""]
+        if not ranked(found, by):
+            lines += ["No method reaches this; see the notes.", ""]
+            continue
+        lines += [f"| level | method | {' | '.join(_COLUMNS[key] for key in keys)} |"]
         lines += ["|---|---|" + "---|" * len(keys)]
         lines += [f"| | dense | {' | '.join(shown(key, _dense(found, key)) for key in keys)} |"]
         for row in ranked(found, by):
@@ -139,8 +145,8 @@ def charts_of(found: Comparison) -> list[Chart]:
 def write(found: Comparison, out: Path, title: str, head: Sequence[str] = ()) -> list[str]:
     """Write the tables, and the picture where Matplotlib is installed, into a folder; returns what was written.
 
-    Each file appears complete or not at all, and takes the place of one of its name. Raises `InputError` where `out` is
-    a file.
+    Where no plan reaches any level there is no picture. Each file appears complete or not at all, and takes the place
+    of one of its name. Raises `InputError` where `out` is a file.
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; give a folder")
@@ -150,10 +156,13 @@ def write(found: Comparison, out: Path, title: str, head: Sequence[str] = ()) ->
     write_rows(flat(found), out / FILES[1])
     with replacing(out / FILES[2]) as part:
         part.write_text(json.dumps(as_dict(found), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    charts = charts_of(found)
+    if not charts:
+        return list(FILES)
     from rankopt import plots
 
     try:
-        plots.draw(charts_of(found), out / PLOT, width=4.2)
+        plots.draw(charts, out / PLOT, width=4.2)
     except InputError as error:
         if "Matplotlib" not in error.message:
             raise

@@ -301,6 +301,18 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write(found, tmp_path / "plain" / "compare.md", "t")
 
 
+def test_files_where_nothing_reaches_a_level(tmp_path: Path) -> None:
+    """The tables say so; there is nothing to draw."""
+    rows = [Row("latency", 0.5, name, missing="the least that it reaches is 90.0% of dense") for name in ("svd", "cp")]
+    found = Comparison(rows, {"accuracy": 95.0}, {"svd": 0}, 0, ["svd at 50% of latency: the least is 90.0% of dense"])
+    assert write(found, tmp_path, "t") == ["compare.md", "compare.csv", "compare.json"]
+    text = (tmp_path / "compare.md").read_text()
+    assert "## At equal latency\n\nNo method reaches this; see the notes.\n" in text
+    assert "| level |" not in text
+    assert "- svd at 50% of latency: the least is 90.0% of dense" in text
+    assert list(tables(found)) == []
+
+
 # the command line
 
 

@@ -11,7 +11,7 @@ import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -59,35 +59,22 @@ class TrialRows(RDBStorage):
         Raises Optuna's `UpdateFinishedTrialError` when it has ended, and `StorageInternalError` when nothing can be
         written.
         """
-        for attempt in range(_TRIES):
-            try:
-                self._end_trial(trial_id, state, values, user_attrs, system_attrs)
-                return
-            except StorageInternalError as error:
-                if attempt == _TRIES - 1 or not _taken_back(error.__cause__):
-                    raise
-                time.sleep(random.uniform(0, 0.1) * 2**attempt)
 
-    def _end_trial(
-        self,
-        trial_id: int,
-        state: TrialState,
-        values: Sequence[float] | None,
-        user_attrs: Mapping[str, Any],
-        system_attrs: Mapping[str, Any],
-    ) -> None:
-        with self._transaction() as session:
-            trial: Any = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
-            self.check_trial_is_updatable(trial_id, trial.state)
-            for table, attributes in _tables(user_attrs, system_attrs):
-                if attributes:  # some may be there already
-                    old = (table.trial_id == trial_id, table.key.in_(list(attributes)))
-                    session.execute(delete(table).where(*old), execution_options={"synchronize_session": False})
-            _insert_attributes(session, trial_id, user_attrs, system_attrs)
-            for objective, value in enumerate(values or ()):
-                self._set_trial_value_without_commit(session, trial, objective, value)
-            trial.state = state
-            trial.datetime_complete = datetime.now()
+        def write() -> None:
+            with self._transaction() as session:
+                trial: Any = models.TrialModel.find_or_raise_by_id(trial_id, session, for_update=True)
+                self.check_trial_is_updatable(trial_id, trial.state)
+                for table, attributes in _tables(user_attrs, system_attrs):
+                    if attributes:  # some may be there already
+                        old = (table.trial_id == trial_id, table.key.in_(list(attributes)))
+                        session.execute(delete(table).where(*old), execution_options={"synchronize_session": False})
+                _insert_attributes(session, trial_id, user_attrs, system_attrs)
+                for objective, value in enumerate(values or ()):
+                    self._set_trial_value_without_commit(session, trial, objective, value)
+                trial.state = state
+                trial.datetime_complete = datetime.now()
+
+        _until_it_wins(write)
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
         """One trial; raises `KeyError` when there is none."""
@@ -190,6 +177,18 @@ class TrialRows(RDBStorage):
 
 
 _USER, _SYSTEM = models.TrialUserAttributeModel, models.TrialSystemAttributeModel
+
+
+def _until_it_wins(write: Callable[[], None]) -> None:
+    """Write in a transaction, and once more where a server took it back for another one."""
+    for attempt in range(_TRIES):
+        try:
+            write()
+            return
+        except StorageInternalError as error:
+            if attempt == _TRIES - 1 or not _taken_back(error.__cause__):
+                raise
+            time.sleep(random.uniform(0, 0.1) * 2**attempt)
 
 
 def _taken_back(error: BaseException | None) -> bool:

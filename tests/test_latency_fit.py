@@ -39,6 +39,26 @@ def test_with_few_plans_it_stays_near_the_table() -> None:
     assert fitted(given[:1], np.ones(1)) == pytest.approx([1, 0, 0, 0, 0, 0], abs=1e-3)
 
 
+def test_the_dense_model_is_predicted_to_take_what_it_takes() -> None:
+    """Even where the plans alone would have it otherwise: their layers all cost a tenth more in place."""
+    given = rows(30, 2)
+    kept = given @ TRUE * 1.1
+    kept[0] = 1.0
+    assert float(fitted(given, kept) @ given[0]) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_batch_beside_a_slow_dense_run_does_not_bend_the_fit() -> None:
+    """Six of thirty plans came out a fifth too fast together; least squares would be off by several percent."""
+    given = rows(30, 2)
+    kept = given @ TRUE * np.random.default_rng(2).normal(1, 0.01, len(given))
+    kept[-6:] *= 0.8
+    others = rows(50, 2, 5)[1:]
+    miss = np.abs(others @ fitted(given, kept) / (others @ TRUE) - 1)
+    squares = np.abs(others @ np.linalg.lstsq(given / kept[:, None], np.ones(len(kept)))[0] / (others @ TRUE) - 1)
+    assert np.median(miss) < 0.015
+    assert np.median(squares) > 2 * np.median(miss)
+
+
 def test_errors_are_relative() -> None:
     """Of two plans that can't both be met, the fast one is met as well as the slow one."""
     given = np.array([[1.0, 1.0, 1.0], [0.1, 0.5, 1.0], [0.1, 0.5, 1.0]])

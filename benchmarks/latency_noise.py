@@ -67,7 +67,8 @@ def main() -> None:
                 noisy = [line for line in search.notes() if "noisy" in line]
                 kept = best.measurements["latency_kept"]
                 rows.append(
-                    f"| `{strategy}`, {name} | {best.plan.digest} | {kept:.4f} | {'; '.join(noisy) or 'none'} |"
+                    f"| `{strategy}`, {name} | {best.plan.digest} | {kept:.4f} | {best.measurements['kl']:.4f} "
+                    f"| {'; '.join(noisy) or 'none'} |"
                 )
                 print(rows[-1], flush=True)
                 if len(rows) == 1:
@@ -96,8 +97,8 @@ def main() -> None:
         ),
         *verdicts,
         "",
-        "| | chosen plan | measured × dense | noisy records |",
-        "|---|---|---|---|",
+        "| | chosen plan | measured × dense | its kl | noisy records |",
+        "|---|---|---|---|---|",
         *rows,
     ]
     write_record(lines, RECORD if options.record else None)
@@ -144,7 +145,8 @@ def again(result: Result, search: Search, name: str, limit: Limit) -> str:
         if noisy
         else "none"
     )
-    return f"| its plans again, {name} | {best.plan.digest} | {best.measurements['latency_kept']:.4f} | {said} |"
+    values = best.measurements
+    return f"| its plans again, {name} | {best.plan.digest} | {values['latency_kept']:.4f} | {values['kl']:.4f} | {said} |"
 
 
 if __name__ == "__main__":

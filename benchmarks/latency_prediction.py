@@ -24,7 +24,8 @@ import torch
 from machine import commit, headed, merged, write_record
 from networks import groups_of, network
 
-from rankopt.latency import PlanLatency, random_plans
+from rankopt.latency import PlanLatency
+from rankopt.latency_probes import random_plans
 from rankopt.targets import read
 
 RECORD = Path(__file__).parent.parent / "studies" / "records" / "latency_prediction.md"

@@ -26,7 +26,7 @@ from rankopt.factors import Factors
 from rankopt.fisher import GradientSamples
 from rankopt.kinds import kind_named
 from rankopt.layer_spec import LayerSpec, inside
-from rankopt.plan import DENSE, LayerChoice, Plan
+from rankopt.plan import DENSE, LayerChoice
 from rankopt.prediction import predict
 from rankopt.rank_split import offered
 from rankopt.space_file import LayerSpace
@@ -176,30 +176,6 @@ def factor_cache(
         if layer.name in samples:
             factors.keep(layer, samples[layer.name])
     return factors
-
-
-def random_plans(groups: Sequence[Group], count: int, seed: int) -> list[Plan]:
-    """Plans that change a random part of the layers to random candidates of a few random methods.
-
-    From few layers to all of them, and from a single method to all of them: a search ends in plans that are much of one
-    kind, and what many layers of one kind have in common (a layout that the runtime need not change between them) is
-    seen in such plans only.
-    """
-    generator = np.random.default_rng(seed)
-    methods = sorted({c.method for g in groups for c in g.choices if c != DENSE})
-    out = []
-    for _ in range(count):
-        share = generator.uniform(0.4, 1.0)
-        few = int(generator.integers(1, len(methods) + 1)) if methods else 0
-        offered = set(generator.permutation(methods)[:few])
-        layers: dict[str, LayerChoice] = {}
-        for group in groups:
-            choices = [c for c in group.choices if c.method in offered]
-            if choices and generator.random() < share:
-                choice = choices[int(generator.integers(len(choices)))]
-                layers |= {layer.name: choice for layer in group.layers}
-        out.append(Plan(layers))
-    return out
 
 
 def _open(layers: Sequence[LayerSpec], spaces: Mapping[str, LayerSpace]) -> list[LayerSpec]:

@@ -18,23 +18,25 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from rankopt.candidates import Group, random_plans
+from rankopt.candidates import Group
 from rankopt.decompositions import method
 from rankopt.errors import InputError, KilledError
 from rankopt.latency_fit import Array, PredictionError, fitted, left_out
-from rankopt.latency_store import LatencyStore, default_path
+from rankopt.latency_probes import random_plans, solved_plans
+from rankopt.latency_store import store_of
 from rankopt.latency_table import LatencyTable, randomized
 from rankopt.layer_spec import LayerSpec
 from rankopt.layers import architecture_digest, find_layers
 from rankopt.measurement import Measurement
-from rankopt.nest import tensors, with_batch
+from rankopt.nest import shapes, with_batch
 from rankopt.plan import DENSE, LayerChoice, Plan
 from rankopt.surgery import structure
 from rankopt.targets.target import Subject, Target
 from rankopt.timing import Effort
 
 EFFORT = Effort(seconds=0.4, rounds=11, error=0.01, longest=3, repeats=1)
-PROBES = 30  # plans that the correction is fitted on at first
+PROBES = 24  # random plans that the correction is fitted on at first
+SOLVED = (6, 6)  # solved plans that it is fitted on besides, in two rounds
 WRONG = 0.10  # a median error above it calls for more of them
 _LEAST = 0.02  # an error of prediction below this is not told from the noise of measuring
 _AT_ONCE = 6  # plans measured side by side with dense
@@ -74,10 +76,10 @@ class PlanLatency:
         sized = layers if target.batch is None else find_layers(model, self.args, self.kwargs)
         self.layers = {layer.name: layer for layer in sized}
         layer_target = target.for_layers()
-        self.store = _store(cache, self.conditions)
-        layer_store = self.store if layer_target is target else _store(cache, layer_target.conditions())
+        self.store = store_of(cache, self.conditions)
+        layer_store = self.store if layer_target is target else store_of(cache, layer_target.conditions())
         self.table = LatencyTable(layer_target, layer_store, neighbours=target.neighbours)
-        self._whole = f"plan: {architecture_digest(model, list(layers))}, input {_shapes((self.args, self.kwargs))}"
+        self._whole = f"plan: {architecture_digest(model, list(layers))}, input {shapes((self.args, self.kwargs))}"
         self._dense_subject = Subject(model, self.args, self.kwargs, self._key(Plan({})))
         self._groups: list[Group] = []
         self._searched: list[str] = []
@@ -113,12 +115,16 @@ class PlanLatency:
         self._searched = [layer.name for layer, _ in layers]
         self._methods = sorted({c.method for _, choices in layers for c in choices if c != DENSE})
         self._fill(progress)
-        self._measure_probes(PROBES, progress)
+        self._measure_random(PROBES, progress)
         self._fit()
+        for count in SOLVED:  # the second round is solved with what the first one taught
+            costs = [self.costs(group) for group in self._groups]
+            self._measure_some(solved_plans(self._groups, costs, self.dense.value - self.fixed, count), progress)
+            self._fit()
         remedies: list[tuple[str, Callable[[], None]]] = [
             ("layers whose time was interpolated", lambda: self.refine([p for p, *_ in self._probes.values()])),
             ("layers between others", lambda: self._in_context(progress)),
-            *[("more plans", lambda n=n: self._measure_probes(n, progress)) for n in (2 * PROBES, 3 * PROBES)],
+            *[("more plans", lambda n=n: self._measure_random(n, progress)) for n in (2 * PROBES, 3 * PROBES)],
         ]
         for what, remedy in remedies:
             if self.error is None or self.error.median <= WRONG:
@@ -296,8 +302,11 @@ class PlanLatency:
             return f"{self._whole}; dense"
         return f"{self._whole}; {hashlib.sha256(repr(changed).encode()).hexdigest()[:24]}"
 
-    def _measure_probes(self, wanted: int, progress: Callable[[str], None]) -> None:
-        plans = list(dict.fromkeys(random_plans(self._groups, wanted, self.seed)))
+    def _measure_random(self, wanted: int, progress: Callable[[str], None]) -> None:
+        self._measure_some(random_plans(self._groups, wanted, self.seed), progress)
+
+    def _measure_some(self, plans: Sequence[Plan], progress: Callable[[str], None]) -> None:
+        plans = list(dict.fromkeys(plans))
         unknown = sum(self.store.get(self._key(p)) is None for p in plans)
         for start in range(0, len(plans), _AT_ONCE):
             if unknown:
@@ -339,12 +348,3 @@ class PlanLatency:
                 out[3 + self._methods.index(choice.method)] = out[0]
             self._parts[name, choice] = out
         return self._parts[name, choice]
-
-
-def _store(cache: Path | bool | None, conditions: Mapping[str, str]) -> LatencyStore:
-    path = default_path(conditions)
-    return LatencyStore(None if cache is False else cache / path.name if isinstance(cache, Path) else path, conditions)
-
-
-def _shapes(inputs: Any) -> str:
-    return ", ".join(f"{'x'.join(map(str, t.shape))} {str(t.dtype).removeprefix('torch.')}" for t in tensors(inputs))

@@ -173,3 +173,9 @@ def _is_json(line: bytes) -> bool:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
+
+
+def store_of(cache: Path | bool | None, conditions: Mapping[str, str]) -> LatencyStore:
+    """The store of these conditions in the folder `cache` (None: the user's cache folder; False: on no disk)."""
+    path = default_path(conditions)
+    return LatencyStore(None if cache is False else cache / path.name if isinstance(cache, Path) else path, conditions)

@@ -71,3 +71,8 @@ def joined(values: Sequence[Any]) -> Any:
     if any(not bool(torch.equal(v, first) if isinstance(first, Tensor) else v == first) for v in values):
         raise UnlikeError
     return first
+
+
+def shapes(inputs: Any) -> str:
+    """Shape and dtype of every tensor, as a text: ``1x3x32x32 float32``."""
+    return ", ".join(f"{'x'.join(map(str, t.shape))} {str(t.dtype).removeprefix('torch.')}" for t in tensors(inputs))

@@ -24,7 +24,9 @@ from rankopt.plan import Fingerprint, LayerChoice, Plan
 _REACH = 1.5  # corrections go from exp(-1.5) to exp(1.5)
 _EXPONENT = (0.6, 1.4)
 _EXACT = ("macs", "params")
-MARGIN = 0.01  # how far below a bound on a predicted cost a plan is asked for
+# How far below a bound on a predicted cost a plan is asked for. Times measured twice differ by about a percent: at the
+# bound itself chance would decide whether a plan keeps it.
+MARGIN = 0.015
 _BEYOND = 0.10  # how far above its bound a budget of a predicted cost may lie
 _DOUBT = 0.05  # how far above its bound a predicted cost may be, and the plan is measured all the same
 _GAP = 3e-3  # to the proven optimum; losses are predicted far less closely
@@ -105,6 +107,12 @@ class SearchSpace:
             if q not in _EXACT:  # a bound that seems out of reach is one that the cheapest plan may keep yet
                 margin = MARGIN * self.bounds[q] if q != self.quantity else 0.0
                 self.limits[q] = max(self.limits[q] - margin, self._least(q))
+
+    @property
+    def top(self) -> float:
+        """The highest budget whose plan can be expected to keep a limit on its quantity when it is measured."""
+        certain = self.exact or self.quantity not in self.bounds
+        return self.highest if certain else max(self.lowest, self.highest * (1 - MARGIN))
 
     def _least(self, quantity: str) -> float:
         """What the groups cost at least."""

@@ -49,4 +49,4 @@ def focus(entries: Iterable[Entry], space: SearchSpace, limits: Sequence[Limit])
         return {"budget": min(max(below + 0.7 * (top - below), space.lowest), space.highest)}
     if space.quantity not in space.bounds:
         return None
-    return {"budget": space.highest if space.exact else max(space.lowest, space.highest * (1 - MARGIN))}
+    return {"budget": space.top}

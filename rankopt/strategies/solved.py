@@ -33,7 +33,7 @@ class Solved(Strategy):
         """The share of the dense cost that trial `number` may take."""
         space, first = self.space, self.setting.first
         part = _ends_first(number, first) if number < first else _van_der_corput(number - first + 1)
-        return space.highest - part * (space.highest - space.lowest)
+        return space.top - part * (space.top - space.lowest)
 
 
 def _ends_first(number: int, count: int) -> float:

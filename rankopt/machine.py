@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock
 
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # as malloc.h numbers them
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 
 
@@ -51,6 +53,25 @@ def cpu_conditions() -> dict[str, str]:
     with suppress(OSError):
         found["governor"] = _GOVERNOR.read_text(encoding="utf-8").strip()
     return found
+
+
+@cache
+def keep_freed_memory() -> bool:
+    """Let the C library keep the memory that a run frees, for the next run; from then on, in the whole process.
+
+    Left alone, glibc gives large blocks back to the system when they are freed, or not, depending on what else lies in
+    the heap and on the largest block that was ever freed. A convolution in PyTorch frees its working memory in every
+    call, so that one and the same model takes up to a quarter longer in one process, or at one moment, than in another.
+    The thresholds set here are those at which glibc arrives by itself once a block of 32 MiB was freed.
+
+    Returns:
+        Whether the C library has such a setting.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return False
+    return bool(mallopt(_MMAP_THRESHOLD, 32 * 2**20)) and bool(mallopt(_TRIM_THRESHOLD, 64 * 2**20))
 
 
 @contextmanager

@@ -111,3 +111,37 @@ def test_the_load_is_never_negative(monkeypatch: pytest.MonkeyPatch) -> None:
     readings = iter([(10.0, 5.0, 100.0), (11.0, 17.0, 200.0)])
     monkeypatch.setattr(OthersLoad, "_read", staticmethod(lambda: next(readings)))
     assert OthersLoad()() == 0
+
+
+FAULTS = """
+import resource, sys
+import torch
+from rankopt.machine import keep_freed_memory
+torch.set_num_threads(1)
+if sys.argv[1] == "kept":
+    assert keep_freed_memory()
+def run():
+    blocks = [torch.ones(100 * 256) for _ in range(500)]  # 100 KiB each
+for _ in range(5):
+    run()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50):
+    run()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not machine.keep_freed_memory(), reason="the C library has no such setting")
+def test_freed_memory_stays_in_the_process() -> None:
+    """Counted by the system: pages that a run had to be given anew."""
+    asked = [
+        subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True) for how in ("kept", "")
+    ]
+    assert [a.returncode for a in asked] == [0, 0], asked[0].stderr
+    kept, left = (int(a.stdout) for a in asked)
+    assert kept < 100 < left
+
+
+def test_where_there_is_no_such_setting_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: object())
+    assert machine.keep_freed_memory.__wrapped__() is False

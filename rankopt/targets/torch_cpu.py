@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rankopt.errors import InputError
-from rankopt.machine import cpu_conditions
+from rankopt.machine import cpu_conditions, keep_freed_memory
 from rankopt.peak_memory import MemoryTarget
 from rankopt.targets.target import Subject
 from rankopt.timing import Timed, each
@@ -38,7 +38,7 @@ class TorchCpu(MemoryTarget):
     memory_format: MemoryFormat = "contiguous"
 
     def conditions(self) -> dict[str, str]:
-        """Machine, version, threads, dtype, memory format."""
+        """Machine, version, threads, dtype, memory format, and what becomes of freed memory where that is known."""
         import torch
 
         return {
@@ -49,13 +49,15 @@ class TorchCpu(MemoryTarget):
             "threads": str(self.threads),
             "dtype": self.dtype,
             "memory_format": self.memory_format,
+            **({"freed memory": "kept"} if keep_freed_memory() else {}),
         }
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """So many threads, no gradients."""
+        """So many threads, no gradients, and the same pages in every run."""
         import torch
 
+        keep_freed_memory()
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:

@@ -146,7 +146,8 @@ def again(result: Result, search: Search, name: str, limit: Limit) -> str:
         else "none"
     )
     values = best.measurements
-    return f"| its plans again, {name} | {best.plan.digest} | {values['latency_kept']:.4f} | {values['kl']:.4f} | {said} |"
+    cells = [f"its plans again, {name}", best.plan.digest, f"{values['latency_kept']:.4f}", f"{values['kl']:.4f}", said]
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

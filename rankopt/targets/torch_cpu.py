@@ -54,10 +54,9 @@ class TorchCpu(MemoryTarget):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """So many threads, no gradients, and the same pages in every run."""
+        """So many threads, no gradients."""
         import torch
 
-        keep_freed_memory()
         before = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
@@ -67,7 +66,8 @@ class TorchCpu(MemoryTarget):
             torch.set_num_threads(before)
 
     def prepare(self, subjects: Sequence[Subject]) -> list[Timed]:
-        """Converted copies."""
+        """Converted copies, in a process that gives every run the same pages (but for its peak memory, see `loaded`)."""
+        keep_freed_memory()
         return [each(self.callable(subject)) for subject in subjects]
 
     def callable(self, subject: Subject) -> Callable[[], Any]:

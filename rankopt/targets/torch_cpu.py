@@ -66,7 +66,7 @@ class TorchCpu(MemoryTarget):
             torch.set_num_threads(before)
 
     def prepare(self, subjects: Sequence[Subject]) -> list[Timed]:
-        """Converted copies, in a process that gives every run the same pages (but for its peak memory, see `loaded`)."""
+        """Converted copies, in a process that from now on gives every run the same pages."""
         keep_freed_memory()
         return [each(self.callable(subject)) for subject in subjects]
 

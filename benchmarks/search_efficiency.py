@@ -428,7 +428,7 @@ def tables(runs: Runs) -> Iterator[str]:
         )  # fmt: skip
     for line in runs.find(part="scale")[-1:]:
         yield from ("", "## Scale: 100 layers of 40 candidates", "")
-        yield from ("Processor: seconds of its own thread, since other work ran beside it.", "")
+        yield from ("Processor: seconds of its own thread, which other work beside it changes less.", "")
         yield from ("| | seconds | processor |", "|---|---|---|")
         names = {
             "integer_program_32_budgets{}_s": "the integer program at 32 budgets",

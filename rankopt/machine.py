@@ -61,7 +61,7 @@ def keep_freed_memory() -> bool:
 
     Left alone, glibc gives large blocks back to the system when they are freed, or not, depending on what else lies in
     the heap and on the largest block that was ever freed. A convolution in PyTorch frees its working memory in every
-    call, so that one and the same model takes up to a quarter longer in one process, or at one moment, than in another.
+    call, so that it is chance how many pages one and the same model has to be given anew in every run.
     The thresholds set here are those at which glibc arrives by itself once a block of 32 MiB was freed.
 
     Returns:

@@ -71,8 +71,10 @@ def _calibrate(
     generator = torch.Generator().manual_seed(options.seed)
     left = options.fisher_samples if layers else 0
 
-    def drawn(output: Tensor, piece: Batch) -> Tensor:
-        return divergence.score(output, generator, options.temperature)
+    def scored(output: Tensor, piece: Batch, draw: int) -> Tensor:
+        if score is not None:
+            return score(output, piece)
+        return divergence.score(output, generator, options.temperature, draw, options.draws)
 
     with _frozen(model), plain_attention():
         if layers and options.piece > 1:
@@ -80,7 +82,7 @@ def _calibrate(
         for batch in batches:
             for piece in pieces(batch, options.piece):
                 draws = options.draws if left > 0 else 0
-                _run_piece(model, modules, gathered, piece, score or drawn, draws)
+                _run_piece(model, modules, gathered, piece, scored, draws)
                 left -= len(piece)
     return {name: g.finish() for name, g in gathered.items()}
 
@@ -90,7 +92,7 @@ def _run_piece(
     modules: dict[str, nn.Module],
     gathered: dict[str, Gatherer],
     piece: Batch,
-    score: Callable[[Tensor, Batch], Tensor],
+    score: Callable[[Tensor, Batch, int], Tensor],
     draws: int,
 ) -> None:
     """One forward pass, and one backward pass a draw, of a few samples."""
@@ -122,7 +124,7 @@ def _run_piece(
                 raise DataError("calibration: the model's output holds NaN or infinity; check its weights and the data")
             for n in range(draws):
                 if output.requires_grad:
-                    score(output, piece).backward(retain_graph=n < draws - 1)
+                    score(output, piece, n).backward(retain_graph=n < draws - 1)
     finally:
         for handle in handles:
             handle.remove()

@@ -54,11 +54,19 @@ class Divergence:
         per_position = (p.exp() * (p - q)).sum(self.class_dim)
         return per_position.flatten(1).mean(1) if per_position.dim() > 1 else per_position
 
-    def score(self, output: Tensor, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
+    def score(
+        self, output: Tensor, generator: torch.Generator, temperature: float = 1.0, draw: int = 0, draws: int = 1
+    ) -> Tensor:
         """Sum over samples of log p(y | output), y drawn from the output's own distribution; backpropagate it.
 
-        Scaled so that the mean square of ⟨gradient, change⟩ is twice the divergence per position. A temperature above 1
-        takes the distribution of logits / temperature, which still has a gradient where the prediction is saturated.
+        Scaled so that the square of ⟨gradient, change⟩, as a mean over `draws` calls with ``draw`` = 0, 1, …, is
+        expected to be twice the divergence per position. A temperature above 1 takes the distribution of logits /
+        temperature, which still has a gradient where the prediction is saturated.
+
+        With several draws the first one takes the likeliest label and the others draw among the rest, each weighted
+        with its share of the probability (stratified sampling, see Cochran, Sampling Techniques, 1977, chapter 5):
+        where a prediction is sure, labels drawn from the whole would rarely show what else it might have been. Signs
+        are random, so that what several positions of a sample add to each other's squares has mean zero.
         """
         output = output.float()
         if self.kind == "regression":
@@ -66,9 +74,30 @@ class Divergence:
             return (noise * output).sum() / max(output[0].numel(), 1) ** 0.5
         logits = output.movedim(self.class_dim, -1) / temperature
         rows = logits.reshape(-1, logits.shape[-1])
-        drawn = torch.multinomial(rows.detach().softmax(-1).cpu(), 1, generator=generator).to(rows.device)
+        shares = rows.detach().softmax(-1).cpu()
+        drawn, weight = _label(shares, generator, draw, draws)
         positions = max(rows.shape[0] // max(output.shape[0], 1), 1)
-        return rows.log_softmax(-1).gather(1, drawn).sum() / positions**0.5
+        chosen = rows.log_softmax(-1).gather(1, drawn.to(rows.device))
+        return (weight.to(rows.device) * chosen).sum() / positions**0.5
+
+
+def _label(shares: Tensor, generator: torch.Generator, draw: int, draws: int) -> tuple[Tensor, Tensor]:
+    """A label for every row of probabilities (n, classes), and what its gradient is multiplied with, both (n, 1).
+
+    The probabilities may be overwritten: there may be many.
+    """
+    if draws == 1:
+        return torch.multinomial(shares, 1, generator=generator), shares.new_ones(len(shares), 1)
+    share, likeliest = shares.max(1, keepdim=True)
+    if draw == 0:
+        drawn, weight = likeliest, share * draws
+    else:
+        rest = shares.scatter_(1, likeliest, 0.0)
+        weight = rest.sum(1, keepdim=True) * (draws / (draws - 1))
+        rest.clamp_min_(1e-30)  # all of it may be 0, and so is the weight
+        drawn = torch.multinomial(rest, 1, generator=generator)
+    sign = torch.randint(2, weight.shape, generator=generator) * 2 - 1
+    return drawn, weight.sqrt() * sign
 
 
 def pick(output: Any) -> Tensor:

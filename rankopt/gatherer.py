@@ -23,10 +23,12 @@ class CalibrationOptions:
 
     Attributes:
         fisher_samples: samples of which gradients are taken (the first ones).
-        draws: labels drawn for each of them.
+        draws: labels for each of them: the likeliest one, and others drawn among the rest.
         temperature: of the distribution that they are drawn from. Above 1, samples that the model knows by heart (its
             training data) still say which changes matter: their plain gradients vanish, their errors later don't.
-        max_rows: output positions a layer's moment is made of, spread evenly over the samples (None: all).
+        rows_each: output positions that a layer's moment is made of, for every row of it, but 8,192 in all at least;
+            they are spread evenly over the samples, neighbours in an image being much alike.
+        max_rows: positions in all, at most (None: all there are, whatever `rows_each` says).
         max_patch: the largest patch (in/groups · kernel) whose full moment is held; above, the channels' alone.
         piece: samples that run through the model at once.
         layer_bytes: memory for one layer's gradients; fewer samples are kept where they don't fit.
@@ -36,6 +38,7 @@ class CalibrationOptions:
     fisher_samples: int = 256
     draws: int = 4
     temperature: float = 2.0
+    rows_each: int = 64
     max_rows: int | None = 2**17
     max_patch: int = 5120
     piece: int = 32

@@ -26,6 +26,8 @@ from rankopt.nest import mapped, tensors
 from rankopt.patches import output_rows, patches
 from rankopt.token_statistics import TokenPiece, TokenSamples
 
+_LEAST_ROWS = 2**13
+
 
 def gatherer(layer: LayerSpec, options: CalibrationOptions, samples: int) -> Gatherer:
     """The one that fits the layer's kind."""
@@ -70,9 +72,12 @@ class WeightGatherer(Gatherer):
             self.rows += len(rows)
 
     def _subset(self, positions: int) -> Tensor:
-        """Indices of the positions to use, so that all samples together give about `max_rows`."""
-        limit = self.options.max_rows
-        share = 1.0 if limit is None else limit / max(self.total * self.layer_positions, 1)
+        """Indices of the positions to use, so that all samples together give about as many as the options say."""
+        options = self.options
+        share = 1.0
+        if options.max_rows is not None:
+            rows = min(options.max_rows, max(_LEAST_ROWS, options.rows_each * self.moment.shape[-1]))
+            share = rows / max(self.total * self.layer_positions, 1)
         wanted = max(1, math.ceil(positions * share))
         if wanted >= positions:
             return torch.arange(positions)

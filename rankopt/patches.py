@@ -28,6 +28,9 @@ def patches(layer: LayerSpec, x: Tensor, positions: Tensor | None = None) -> Ten
         return flat if positions is None else flat[:, positions]
     if positions is not None and not layer.transposed and layer.padding_mode == "zeros":
         return _gathered(layer, x, positions)
+    if positions is None and layer.dims == 2 and not layer.transposed:  # the same, several times faster
+        columns = F.unfold(_padded(layer, x), layer.kernel_size, layer.dilation, 0, layer.stride)
+        return columns.unflatten(1, (layer.groups, -1)).permute(0, 3, 1, 2)
     windows = _windows(layer, x)
     n, d = x.shape[0], layer.dims
     out = windows.shape[2 : 2 + d]

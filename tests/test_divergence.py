@@ -76,6 +76,52 @@ def test_score_has_the_scale_of_the_divergence(shape: tuple[int, ...], kind: str
     torch.testing.assert_close(moved.reshape(-1, copies).mean(1) / 2, expected, rtol=0.25, atol=1e-6)
 
 
+@pytest.mark.parametrize("draws", [2, 3, 5])
+@pytest.mark.parametrize("shape", [(1, 4), (1, 3, 4)])
+def test_draws_together_have_the_scale_of_the_divergence(shape: tuple[int, ...], draws: int) -> None:
+    copies, divergence, generator = 3000, Divergence(), torch.Generator().manual_seed(1)
+    single = 2 * logits(*shape)
+    out = single.expand(copies, *shape[1:]).clone().requires_grad_()
+    change = logits(*shape, seed=9) / 30
+    squares = []
+    for draw in range(draws):
+        (g,) = torch.autograd.grad(divergence.score(out, generator, 1.0, draw, draws), out)
+        squares.append((g * change).flatten(1).sum(1) ** 2)
+    expected = float(divergence.between(single, single + change))
+    assert float(torch.stack(squares).mean()) / 2 == pytest.approx(expected, rel=0.15)
+
+
+def test_a_sure_prediction_needs_few_draws() -> None:
+    """With two classes the draws are all there is; with one that is nearly sure they scatter far less than plain ones
+    do."""
+    p, change = torch.tensor([0.98, 0.012, 0.005, 0.003]), torch.tensor([[0.0, 0.05, 0.02, -0.04]])
+
+    def estimates(draws: int, apart: bool, logits: Tensor, change: Tensor) -> Tensor:
+        found = []
+        for seed in range(60):
+            generator, total = torch.Generator().manual_seed(seed), 0.0
+            for draw in range(draws):
+                out = logits.expand(50, -1).clone().requires_grad_()
+                given = (draw, draws) if apart else ()
+                (g,) = torch.autograd.grad(Divergence().score(out, generator, 1.0, *given), out)
+                total += float((g * change).sum(1).square().mean()) / draws
+            found.append(total)
+        return torch.tensor(found)
+
+    plain, ours = (estimates(2, apart, p.log()[None], change) for apart in (False, True))
+    assert ours.std() < plain.std() / 2
+    assert float(ours.mean()) == pytest.approx(float(plain.mean()), rel=0.2)
+    two = estimates(2, True, torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.1]]))
+    assert two.std() < 1e-6
+
+
+def test_a_saturated_prediction_gives_no_gradient_and_no_error() -> None:
+    out = torch.tensor([[400.0, 0.0, 0.0]], requires_grad=True)
+    for draw in range(3):
+        (g,) = torch.autograd.grad(Divergence().score(out, torch.Generator(), 1.0, draw, 3), out)
+        assert g.abs().max() == 0
+
+
 def test_temperature_still_sees_a_saturated_prediction() -> None:
     out = torch.tensor([[40.0, 0.0, 0.0]] * 200, requires_grad=True)
     plain, warm = (

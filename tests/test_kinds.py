@@ -306,7 +306,9 @@ def test_a_replaced_block_is_saved_and_loaded(tmp_path: Any) -> None:
     made = Plan({"block": LayerChoice("narrow", {"rank": 4})}, fingerprint(model))
     built = apply(model, made)
     save(tmp_path / "m", built, made, measurements={})
-    assert torch.equal(load(tmp_path / "m", Blocks())(x), built(x))
+    loaded = load(tmp_path / "m", Blocks())
+    assert all(torch.equal(value, built.state_dict()[name]) for name, value in loaded.state_dict().items())
+    torch.testing.assert_close(loaded(x), built(x))  # not bit for bit: products differ with where their operands lie
     assert isinstance(structure(model, made).block, Narrow)
 
 

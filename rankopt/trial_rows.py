@@ -76,6 +76,10 @@ class TrialRows(RDBStorage):
 
         _until_it_wins(write)
 
+    def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """As Optuna does, and again where a server took it back."""
+        _until_it_wins(lambda: super(TrialRows, self).set_trial_user_attr(trial_id, key, value))
+
     def get_trial(self, trial_id: int) -> FrozenTrial:
         """One trial; raises `KeyError` when there is none."""
         found = self._read([models.TrialModel.trial_id == trial_id])

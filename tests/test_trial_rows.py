@@ -144,6 +144,24 @@ def test_a_transaction_that_lost_to_another_one_is_tried_again(
     assert (found.values, found.user_attrs, len(waited)) == ([1.0, 2.0], {"a": 1}, times)
 
 
+def test_an_attribute_of_a_running_trial_is_written_again_where_it_was_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [Said(1213, "Deadlock found")] * 2
+    write = TrialRows._set_trial_attr_without_commit
+
+    def set_attribute(self: TrialRows, *given: Any, **named: Any) -> None:
+        if left:
+            raise OperationalError("INSERT", {}, left.pop())
+        write(self, *given, **named)
+
+    monkeypatch.setattr(TrialRows, "_set_trial_attr_without_commit", set_attribute)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    trial = study_in(tmp_path).ask()
+    trial.set_user_attr("died", ["its process was killed"])
+    assert by_optuna(tmp_path)[0].user_attrs == {"died": ["its process was killed"]}
+
+
 def test_what_else_a_server_says_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def set_value(self: TrialRows, *given: Any) -> None:
         raise OperationalError("INSERT", {}, Said(1114, "The table is full"))

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rankopt.cli_options import Force, Json, Limits, Out, Storage, Study, asked
+from rankopt.cli_options import Address, Executor, Force, Json, Limits, Out, Storage, Study, Workers, asked
 from rankopt.errors import InputError
 from rankopt.handover import check_free, console_for, print_json
 
@@ -36,6 +36,9 @@ def recover(
         typer.Option(metavar="DIR", help="Where checkpoints are kept, and stay. Else beside --out, and removed."),
     ] = None,
     storage: Storage = None,
+    executor: Executor = None,
+    workers: Workers = None,
+    address: Address = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -44,6 +47,9 @@ def recover(
     \b
     rankopt recover compressed --study studies/digits.yaml --out recovered
     rankopt recover studies/digits.yaml --finalists 9 --steps 3000 --out recovered
+
+    Finalists are trained where the study's trials run. With ray that is several at
+    once, and all nodes have to see the folder of the checkpoints.
     """
     from rankopt.progress import shown
 
@@ -51,6 +57,10 @@ def recover(
     saved = model.is_dir()
     if saved and (finalists > 1 or limit or storage):
         raise InputError(f"{model}: is a saved model; --finalists, --limit and --storage belong to a study")
+    if saved and (executor or workers or address):
+        raise InputError(
+            f"{model}: is a saved model; --executor, --workers and --address belong to a study's finalists"
+        )
     if saved and study is None:
         raise InputError(f"{model}: a saved model records no data; give --study STUDY")
     if not saved and study is not None:
@@ -59,14 +69,20 @@ def recover(
     if saved and not (model / "plan.json").is_file():
         raise InputError(f"{model}: holds no saved model; give one that rankopt wrote, or a study")
     result = None if saved else given.result()
+    file = given.file.carried_out_by(name=executor, workers=workers, address=address)
+    from rankopt.executors.chosen import chosen, trainings
     from rankopt.recovering import Recovery, recover_saved, recover_study
 
     with shown(console_for(stderr=True)) as progress:
-        recovery = Recovery(given.file, steps, storage=given.url, progress=progress)
+        recovery = Recovery(file, steps, storage=given.url, progress=progress)
         if result is None:
             found = recover_saved(recovery, model, out, checkpoints, force)
         else:
-            found, halving = recover_study(recovery, result, out, finalists, given.limits, eta, checkpoints, force)
+            several = finalists > 1 or executor is not None  # one alone is trained here unless that is asked for
+            with trainings(chosen(file.executor if several else None, file.threads)) as training:
+                found, halving = recover_study(
+                    recovery, result, out, finalists, given.limits, eta, checkpoints, force, executor=training
+                )
             found["halving"] = {
                 "steps": halving.steps,
                 "steps_of_all": halving.all_steps,

@@ -261,7 +261,7 @@ class Evaluator:
     def travelling(self) -> Evaluator:
         """The same without its devices: all that `judge` needs, to be sent to another process."""
         other = copy.copy(self)
-        other.devices = None
+        other.devices, other._dense_outputs = None, {}  # which are known by where the batches lie in this process
         return other
 
     def _known(self, plan: Plan, known: Mapping[str, float]) -> dict[str, float]:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +23,15 @@ from rankopt.halving import Executor, Halving, Rung, halve, one_by_one, plan_run
 from rankopt.limits import Limit
 from rankopt.pareto import ranked
 from rankopt.plan import Plan
-from rankopt.recover import Recovered, recover
+from rankopt.recover import Recovered
 from rankopt.recovery_options import RecoveryOptions
 from rankopt.result import Entry, Progress, Result, minimized
 from rankopt.search import Search
-from rankopt.surgery import structure
-from rankopt.tensor_file import read_tensors, write_tensors
+from rankopt.training_job import Trainer, TrainingJob
 
 if TYPE_CHECKING:
     from rankopt.study_file import StudyFile
 
-_START = "start.safetensors"
 _DEVICE = ("latency", "peak_memory", "memory")
 Tell = Callable[[Progress], None]
 
@@ -72,6 +71,10 @@ class Recovery:
         self.judge = Evaluator(
             self.teacher, run.layers, Factors(self.teacher), run.cost, run.validation, run.divergence, metric=run.metric
         )
+        self.trainer = Trainer(
+            self.teacher, self.train, self.options, run.divergence, self.judge, run.seed,
+            self.file.training_function(), self.progress,
+        )  # fmt: skip
 
     def measure(self, module: nn.Module) -> dict[str, dict[str, float]]:
         """kl and accuracy on validation, and on test data where there are any."""
@@ -80,28 +83,9 @@ class Recovery:
             found["test"] = self.judge.quality(module, self.search.tests)
         return found
 
-    def trained(
-        self, model: nn.Module, plan: Plan, folder: Path | None, until: int | None = None, options: Any = None
-    ) -> Recovered:
-        """A model that a plan made, fine-tuned up to `until` steps of all."""
-        return recover(
-            model,
-            self.teacher,
-            self.train,
-            options=options or self.options,
-            plan=plan,
-            divergence=self.search.divergence,
-            checkpoints=folder,
-            until=until,
-            judge=self._badness,
-            train=self.file.training_function(),
-            seed=self.search.seed,
-            progress=self.progress,
-        )
-
-    def _badness(self, module: nn.Module) -> float:
-        quality = self.judge.quality(module)
-        return -quality["accuracy"] if "accuracy" in quality else quality["kl"]
+    def trained(self, model: nn.Module, plan: Plan, folder: Path | None) -> Recovered:
+        """A model that a plan made, fine-tuned to the end."""
+        return self.trainer.trained(model, plan, folder)
 
     def written(
         self, out: Path, before: Mapping[str, Any], recovered: Recovered, plan: Plan, device: Mapping[str, Any],
@@ -169,42 +153,31 @@ def recover_study(
     chosen = finalists(result, count, limits)
     names = {f"trial {entry.trial}": entry for entry in chosen}
     folder = checkpoints or beside(out)
-    latest: dict[str, Recovered] = {}
-
-    def place(name: str) -> Path:
-        weights = recovery.search.fingerprint.weights[:6]
-        return folder / f"{name.replace(' ', '-')}-{names[name].plan.digest}-{weights}"
-
-    def start(name: str) -> nn.Module:
-        """The model before training; built once, since a refit and a short recovery take their time."""
-        entry, kept = names[name], place(name) / _START
-        if not kept.is_file():
-            recovery.progress(Progress(0, 0, 0.0, text=f"building {name}"))
-            built = recovery.search.build(entry.plan, bn=bool(entry.notes.get("bn", 0)))
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_tensors(kept.with_suffix(".part"), built)
-            kept.with_suffix(".part").replace(kept)
-        model = structure(recovery.search.model, entry.plan)
-        read_tensors(kept, model)
-        return model.eval()
-
-    def values(name: str, quality: Mapping[str, float]) -> dict[str, float]:
-        known = {k: v for k, v in names[name].measurements.items() if v is not None}
-        return {**known, **recovery.judge.costs(names[name].plan), **quality}
-
-    def train(name: str, steps: int) -> dict[str, float]:
-        latest[name] = recovery.trained(start(name), names[name].plan, place(name), until=steps)
-        return values(name, recovery.judge.quality(latest[name].model))
+    weights = recovery.search.fingerprint.weights[:6]
+    folders = {
+        name: folder.resolve() / f"{name.replace(' ', '-')}-{entry.plan.digest}-{weights}"
+        for name, entry in names.items()
+    }
+    plans = {name: entry.plan for name, entry in names.items()}
+    known = {name: {k: v for k, v in entry.measurements.items() if v is not None} for name, entry in names.items()}
+    job = TrainingJob(recovery.trainer, recovery.search.model, plans, known, folders)
 
     def tell(text: str) -> None:
         recovery.progress(Progress(0, 0, 0.0, text=text))
 
-    before = {name: recovery.measure(start(name)) for name in names}
-    values_before = {name: values(name, found["validation"]) for name, found in before.items()}
+    def built(name: str) -> nn.Module:
+        tell(f"building {name}")
+        return recovery.search.build(plans[name], bn=bool(names[name].notes.get("bn", 0)))
+
+    before = {}
+    for name in names:
+        job.prepare(name, partial(built, name))
+        before[name] = recovery.measure(job.start(name))
+    values_before = {name: job.values(name, found["validation"]) for name, found in before.items()}
     rungs = rungs or plan_rungs(len(names), recovery.options.steps, eta)
     halving = halve(
         values_before,
-        train,
+        job,
         result.objectives,
         rungs,
         best=lambda measured: _best(measured, names, result, limits),
@@ -213,13 +186,13 @@ def recover_study(
         progress=tell,
     )
     winner = halving.winners[0]
-    if winner not in latest or latest[winner].steps < rungs[-1].steps:  # measured before a kill, or elsewhere
-        train(winner, rungs[-1].steps)
+    if winner not in job.latest or job.latest[winner].steps < rungs[-1].steps:  # measured before a kill, or elsewhere
+        job(winner, rungs[-1].steps)
     entry = names[winner]
     device: dict[str, Any] = {"compressed": {k: v for k, v in entry.measurements.items() if k.startswith(_DEVICE)}}
     device |= {"dense": dict(result.dense), "conditions": dict(result.conditions), "notes": list(result.notes)}
     more = {"winner": entry.trial, "plan": entry.plan.digest}
-    written = recovery.written(out, before[winner], latest[winner], entry.plan, device, force, more)
+    written = recovery.written(out, before[winner], job.latest[winner], entry.plan, device, force, more)
     if checkpoints is None:
         shutil.rmtree(folder, ignore_errors=True)
     return written, halving

@@ -39,7 +39,12 @@ HOMES = {
     "scipy": ["rankopt.allocate", "rankopt.latency_fit", "rankopt.latency_table", "rankopt.evbmf"],
     "pytest": ["rankopt.testing", "rankopt.target_contract"],
     "hypothesis": ["rankopt.testing"],
-    "ray": ["rankopt.targets.ray_node", "rankopt.executors.bridge", "rankopt.executors.ray_tune"],
+    "ray": [
+        "rankopt.targets.ray_node",
+        "rankopt.executors.bridge",
+        "rankopt.executors.ray_training",
+        "rankopt.executors.ray_tune",
+    ],
     "onnx": ["rankopt.onnx_file"],
     "executorch": ["rankopt.exports.executorch"],
     "transformers": [],

@@ -1,14 +1,16 @@
-"""`chosen`: the executor that somebody names."""
+"""`chosen`: the executor that somebody names; `trainings`: how it trains finalists."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from rankopt.executor_options import ExecutorOptions, executor_section
 from rankopt.yaml_file import parse
 
 if TYPE_CHECKING:
+    from rankopt import halving
     from rankopt.executors.executor import Executor
 
 
@@ -50,3 +52,12 @@ def chosen(
         threads=threads,
         trial_timeout=trial_timeout,
     )
+
+
+def trainings(executor: Executor) -> AbstractContextManager[halving.Executor]:
+    """What trains finalists where this executor would carry out trials; in this process unless it has ``trainings``."""
+    from rankopt.halving import one_by_one
+
+    made = getattr(executor, "trainings", None)
+    found: AbstractContextManager[halving.Executor] = nullcontext(one_by_one) if made is None else made()
+    return found

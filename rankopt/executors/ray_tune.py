@@ -32,6 +32,7 @@ import ray  # noqa: E402
 from ray import tune  # noqa: E402
 
 from rankopt.executors.bridge import Bridge, Watch, Worker  # noqa: E402
+from rankopt.executors.ray_training import RayTraining  # noqa: E402
 
 if TYPE_CHECKING:
     from rankopt.evaluate import Evaluate
@@ -132,6 +133,13 @@ class RayTune:
                     trial_name_creator=lambda trial: trial.trial_id,
                     trial_dirname_creator=lambda trial: trial.trial_id,
                 )
+
+    @contextmanager
+    def trainings(self) -> Iterator[RayTraining]:
+        """How finalists are trained: on the workers that trials would have; see `halving.Executor`."""
+        with self.ready():
+            self._check_room()
+            yield RayTraining(self.needs, self.room, self.threads)
 
     def room(self) -> int:
         """How many trials may be with workers at once: what was asked for, or what the nodes that are there can take.

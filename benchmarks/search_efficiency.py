@@ -478,7 +478,8 @@ def _plain_table(runs: Runs, network: str) -> Iterator[str]:
     yield from ("", f"## {network}: what reaches the same as the best of them", "")
     yield (
         f"{theirs[0]['sampler']} comes to {target:.3f} after {theirs[0]['course'][-1][0]} trials in {whole:.0f} s"
-        f" (seeds: {len(theirs)}, median), without the {prepared:.1f} s in which its candidates were made too. Run in turns."
+        f" (seeds: {len(theirs)}, median), without the {prepared:.1f} s in which its candidates were made too. Run in"
+        " turns."
     )
     yield from (
         "",

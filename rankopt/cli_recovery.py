@@ -78,8 +78,8 @@ def recover(
         if result is None:
             found = recover_saved(recovery, model, out, checkpoints, force)
         else:
-            several = finalists > 1 or executor is not None  # one alone is trained here unless that is asked for
-            with trainings(chosen(file.executor if several else None, file.threads)) as training:
+            asked_for = executor or workers or address  # else one alone is trained here
+            with trainings(chosen(file.executor if finalists > 1 or asked_for else None, file.threads)) as training:
                 found, halving = recover_study(
                     recovery, result, out, finalists, given.limits, eta, checkpoints, force, executor=training
                 )

@@ -49,7 +49,8 @@ class RayTraining:
         """
         if not tasks:
             return
-        given = self._sent(train)
+        travelling = getattr(train, "travelling", None)
+        given = sent(train if travelling is None else travelling())
         job = ray.remote(_trained).options(
             **self.needs, resources=self.own, max_retries=_RETRIES, scheduling_strategy="SPREAD"
         )
@@ -66,17 +67,18 @@ class RayTraining:
             for one in running if ray.is_initialized() else ():
                 ray.cancel(one, force=True)
 
-    def _sent(self, train: Train) -> Any:
-        from rankopt.targets.ray_node import by_value
 
-        travelling = getattr(train, "travelling", None)
-        try:
-            with by_value(ray, list(sys.modules)):  # the model's classes, the metric: whatever is not installed
-                return ray.put(train if travelling is None else travelling())
-        except Exception as error:
-            raise InputError(
-                f"executor ray: the model, data or metric can't be sent to workers: {reason_of(error)}"
-            ) from error
+def sent(what: Any) -> Any:
+    """Ray's reference to something that workers are given; raises `InputError` where it can't be sent."""
+    from rankopt.targets.ray_node import by_value
+
+    try:
+        with by_value(ray, list(sys.modules)):  # the model's classes, the metric: whatever is not installed
+            return ray.put(what)
+    except Exception as error:
+        raise InputError(
+            f"executor ray: the model, data or metric can't be sent to workers: {reason_of(error)}"
+        ) from error
 
 
 def _trained(train: Train, name: str, steps: int, threads: int) -> tuple[Values | None, str]:

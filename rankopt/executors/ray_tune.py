@@ -16,14 +16,13 @@ from __future__ import annotations
 import logging
 import math
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rankopt.errors import InputError, reason_of
+from rankopt.errors import InputError
 from rankopt.executors.worker import Judge, threads_of
 from rankopt.ray_environment import quiet
 
@@ -32,7 +31,7 @@ import ray  # noqa: E402
 from ray import tune  # noqa: E402
 
 from rankopt.executors.bridge import Bridge, Watch, Worker  # noqa: E402
-from rankopt.executors.ray_training import RayTraining  # noqa: E402
+from rankopt.executors.ray_training import RayTraining, sent  # noqa: E402
 
 if TYPE_CHECKING:
     from rankopt.evaluate import Evaluate
@@ -165,17 +164,8 @@ class RayTune:
             raise InputError(f"executor ray: no node has the {wanted} that a trial needs; the nodes have {has}")
 
     def _trainable(self, judge: Judge) -> Any:
-        from rankopt.targets.ray_node import by_value
-
-        try:
-            with by_value(ray, list(sys.modules)):  # the model's classes, the metric: whatever is not installed
-                # put here: what Tune fails to put it tries to put again at every later ray.init of this process
-                given = ray.put(judge)
-                made = tune.with_parameters(Worker, judge=given, threads=self.threads, seconds=self.trial_timeout)
-        except Exception as error:
-            raise InputError(
-                f"executor ray: the model, data or metric can't be sent to workers: {reason_of(error)}"
-            ) from error
+        # put here: what Tune fails to put it tries to put again at every later ray.init of this process
+        made = tune.with_parameters(Worker, judge=sent(judge), threads=self.threads, seconds=self.trial_timeout)
         return tune.with_resources(made, tune.PlacementGroupFactory([dict(self.needs)]))
 
 

@@ -603,7 +603,7 @@ def main() -> None:
             "which is a line of [search_runs.jsonl](search_runs.jsonl) with its commit and machine. CIFAR-10; kl on",
             "500 of the training images, refit on 256 (for test accuracy on 512; of all methods: on 1,000 and 1,012);",
             "hypervolume below 3 nats and all MACs. The machine was busy with other work, so seconds say little.",
-            "Runs before 4a9c72f drew all labels of the Fisher losses alike; later ones lose a little less at equal cost.",
+            "Runs before 4a9c72f drew all labels of the Fisher losses alike; later plans lose a little less.",
         ]
         write_record([*head, *tables(runs)], RECORD if options.record else None)
 

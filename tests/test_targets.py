@@ -41,11 +41,12 @@ def linear(key: str = "") -> Subject:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own_locks() -> Iterator[None]:
+def own_locks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing here depends on how long something takes, so it waits for nobody who measures on this machine.
 
     The folder's name is short: Ray puts sockets below it, whose paths must not be longer than 107 bytes.
     """
+    tmp_path_factory.getbasetemp()  # made now, or it would go with the folder, and tests of other files need it
     before, variable = tempfile.tempdir, os.environ.get("TMPDIR")
     with tempfile.TemporaryDirectory(prefix="ro", ignore_cleanup_errors=True) as folder:
         tempfile.tempdir = os.environ["TMPDIR"] = folder

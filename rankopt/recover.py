@@ -51,7 +51,7 @@ class Recovered:
     Attributes:
         model: in eval mode, on the device it came from; the moving average where there is one.
         steps: how many optimizer steps it has.
-        seconds: of this call.
+        seconds: that it took, with what earlier calls and other processes did for the same checkpoints.
         precision: what it ran in, e.g. "bfloat16, channels-last".
         timed: seconds of a training step in everything that was tried for that.
         losses: (step, mean loss since the one before).
@@ -132,7 +132,7 @@ def recover(
         run.begin(timing)
         run.go(steps)
         put(run.values(), result)
-        state = run.state
+        state, start = run.state, min(start, run.start)
         found = {"precision": str(run.precision), "timed": run.timed, "losses": state.losses, "backs": state.backs}
     bn = _recalibrated(result, data, chosen.bn, judge)
     return Recovered(result, steps, time.perf_counter() - start, bn=bn, **found)
@@ -173,6 +173,7 @@ class _Run:
         self.state = TrainingState(model, self.steps.optimizer, average, random, data)
         self.precision = Precision()
         self.timed: dict[str, float] = {}
+        self.start = time.perf_counter()
         self._kept: tuple[dict[str, Tensor], dict[str, Any]] = ({}, {})
         fixed = {key: value for key, value in options.model_dump().items() if key not in _FREE}
         self._begun = {"options": fixed, **begun_with(model), "seed": seed}
@@ -201,6 +202,7 @@ class _Run:
                 " another folder"
             )
         self.precision, self.timed = Precision(*facts["precision"]), dict(facts["timed"])
+        self.start -= float(facts.get("seconds", 0.0))
         self.precision.laid_out(model)
         self.state.restore(tensors, facts)
         self._kept = stored
@@ -256,7 +258,7 @@ class _Run:
     def _keep(self) -> None:
         """Write a checkpoint; keep one in memory where there is no folder."""
         tensors, facts = self.state.captured()
-        facts |= {"begun with": self._begun, "timed": self.timed}
+        facts |= {"begun with": self._begun, "timed": self.timed, "seconds": time.perf_counter() - self.start}
         facts |= {"precision": [self.precision.bfloat16, self.precision.channels_last]}
         if self.folder is None:
             self._kept = checkpoint.copied(tensors), facts

@@ -482,6 +482,18 @@ def test_the_precision_of_a_training_is_kept_when_it_goes_on(tmp_path: Path, mon
     assert found.timed == {"float32": 1.0}
 
 
+def test_seconds_are_those_of_all_calls(tmp_path: Path) -> None:
+    x, y = data()
+    first = recover(small(), net(), (x, y), steps=30, until=20, checkpoints=tmp_path, **PLAIN)
+    _, facts = checkpoint.latest(tmp_path) or ({}, {})
+    assert 0 < facts["seconds"] <= first.seconds
+    whole = recover(small(), net(), (x, y), steps=30, checkpoints=tmp_path, **PLAIN)
+    assert whole.seconds > facts["seconds"]
+    again = recover(small(), net(), (x, y), steps=30, checkpoints=tmp_path, **PLAIN)  # nothing is left to do
+    _, facts = checkpoint.latest(tmp_path) or ({}, {})
+    assert again.seconds > facts["seconds"] > 0.5 * whole.seconds
+
+
 def test_the_rate_follows_its_closed_form() -> None:
     options = RecoveryOptions(lr=0.4, warmup=0.1, floor=0.25)
     assert [rate(n, 100, options) for n in range(10)] == pytest.approx([0.04 * (n + 1) for n in range(10)])

@@ -4,12 +4,16 @@
     python benchmarks/recovery.py latency --network resnet20 --keep 50 --epochs 30
     python benchmarks/recovery.py halving --keep 30 --finalists 9 --epochs 9
     python benchmarks/recovery.py stages --keep 25 --stages 2 --epochs 20
+    python benchmarks/recovery.py again --model studies/runs/recovery/macs-resnet20-30-11250-seed0/model --epochs 30
 
 macs: a plan of at most so many percent of the MACs, recovered. latency: of dense in ONNX Runtime, and measured again
 beside dense. halving: successive halving against giving every finalist the whole training. stages: search and recover
-in stages against one shot, at the same number of steps. Plans are searched and models trained on training images alone;
-the 10,000 test images are seen when what is handed over is measured. Everything is kept in --work, so the same command
-goes on after a stop. ``--set lr=0.1`` changes an option of the recovery, ``--network digits`` takes minutes.
+in stages against one shot, at the same number of steps. again: another training of what an earlier one handed over,
+from a high rate again (a warm restart; Loshchilov and Hutter, "SGDR", 2017).
+
+Plans are searched and models trained on training images alone; the 10,000 test images are seen when what is handed over
+is measured. Everything is kept in --work, so the same command goes on after a stop. ``--set lr=0.1`` changes an option
+of the recovery, ``--network digits`` takes minutes.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ from rankopt.halving import Rung
 from rankopt.iterated import compress
 from rankopt.limits import parse_limit
 from rankopt.plan import Plan
-from rankopt.recovering import Recovery, recover_study
+from rankopt.recovering import Recovery, recover_saved, recover_study
 from rankopt.recovery_options import RecoveryOptions
 from rankopt.result import Progress
 from rankopt.search import Search
@@ -57,7 +61,7 @@ OPTIONS: dict[str, Any] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["macs", "latency", "halving", "stages"], nargs="?", default="macs")
+    parser.add_argument("kind", choices=["macs", "latency", "halving", "stages", "again"], nargs="?", default="macs")
     parser.add_argument("--network", choices=list(EPOCHS), default="resnet20")
     parser.add_argument(
         "--keep", type=float, default=30.0, help="MACs (latency: of ONNX Runtime) kept at most, percent"
@@ -67,12 +71,15 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--finalists", type=int, default=9)
     parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--model", type=Path, help="again: a recovered model's folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="options of the recovery")
     parser.add_argument("--work", type=Path, default=ROOT / "studies" / "runs" / "recovery", help="to go on later")
     parser.add_argument("--record", type=Path, help="write the output here too")
     args = parser.parse_args()
+    if (args.kind == "again") != (args.model is not None):
+        parser.error("--model goes with again, and again needs it")
     epoch = EPOCHS[args.network]
     steps = args.steps or round(args.epochs * epoch)
     file = study(args, steps)
@@ -80,10 +87,11 @@ def main() -> None:
     limit = parse_limit(f"{'latency' if args.kind == 'latency' else 'macs'}<={args.keep:g}%")
     file = file.model_copy(update={"limits": [limit]})
     start = time.perf_counter()
-    run = {"macs": one_shot, "latency": one_shot, "halving": halving, "stages": stages}[args.kind]
+    run = {"macs": one_shot, "latency": one_shot, "halving": halving, "stages": stages, "again": again}[args.kind]
     title, lines = run(args, file, steps, work)
     seconds = spent(work, time.perf_counter() - start)
-    settings = f"{args.trials} trials, {steps} steps of 128 images ({steps / epoch:.1f} epochs), seed {args.seed}, "
+    settings = "" if args.kind == "again" else f"{args.trials} trials, "
+    settings += f"{steps} steps of 128 images ({steps / epoch:.1f} epochs), seed {args.seed}, "
     settings += f"{seconds:.0f} s wall-clock in all, {args.threads} threads, on {device()}; recovery: "
     changed = {k: v for k, v in file.recovery.model_dump().items() if v != RecoveryOptions.model_fields[k].default}
     settings += ", ".join(f"{k} {v}" for k, v in changed.items() if k != "feature_layers") + "."
@@ -161,6 +169,15 @@ def stages(args: argparse.Namespace, file: StudyFile, steps: int, work: Path) ->
         found = compress(file, place / "model", stages=count, folder=place, steps=steps, force=True, progress=told)
         lines += rows(f"{count} stage{'s' if count > 1 else ''}: ", found)
     return f"{NAMES[args.network]}: in stages against one shot, at most {args.keep:g} % of the MACs", lines
+
+
+def again(args: argparse.Namespace, file: StudyFile, steps: int, work: Path) -> tuple[str, list[str]]:
+    work.mkdir(parents=True, exist_ok=True)
+    recovery = Recovery(file, steps, progress=told)
+    found = recover_saved(recovery, args.model, work / "model", work / "checkpoints", force=True)
+    kept = f"{100 * found['costs']['macs_kept']:.1f} % of the MACs"
+    lines = [HEAD, RULE, *rows("", found), "", f"Layers per method: {counted(work / 'model')}."]
+    return f"{NAMES[args.network]}: {kept}, fine-tuned again from {args.model}", lines
 
 
 HEAD = "| | MACs kept | params kept | validation kl | validation accuracy | test accuracy | change |"

@@ -74,8 +74,8 @@ def chosen(wanted: str, model: nn.Module, batch: Batch, divergence: Divergence) 
     Decided by what the processor has and by what comes out, not by timing: the same seed has to give the same plans.
 
     Args:
-        wanted: float32, bfloat16, or auto: bfloat16 where the hardware multiplies it natively (AMX, or a GPU that
-            does), and the dense model comes out the same in it.
+        wanted: float32, bfloat16, or auto: bfloat16 where the hardware is built for it (see `built_for_bfloat16`), and
+            the dense model comes out the same in it.
         model: the dense model.
         batch: samples of its data.
         divergence: how outputs are compared.
@@ -90,7 +90,7 @@ def chosen(wanted: str, model: nn.Module, batch: Batch, divergence: Divergence) 
     quick = Precision(True, exact.channels_last)
     if wanted != "auto":
         return quick if wanted == "bfloat16" else exact
-    if not _native(device_of(model)):
+    if not built_for_bfloat16(device_of(model)):
         return exact
     try:
         off = float(divergence.between(_output(EXACT, model, few), _output(quick, model, few)).mean())
@@ -99,11 +99,15 @@ def chosen(wanted: str, model: nn.Module, batch: Batch, divergence: Divergence) 
     return quick if off <= _OFF else exact
 
 
-def _native(device: str) -> bool:
-    """Whether bfloat16 products have units of their own."""
+def built_for_bfloat16(device: str) -> bool:
+    """Whether hardware multiplies bfloat16: a GPU, or a processor with AMX or AVX-512's dot products of it.
+
+    Elsewhere it is slower than float32.
+    """
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device == "cpu" and bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device == "cpu" and any(bool(found()) for name in checks if (found := getattr(torch.cpu, name, None)))
 
 
 def _output(precision: Precision, model: nn.Module, batch: Batch) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankopt.precision import built_for_bfloat16
 from rankopt.recovery_options import RecoveryOptions
 
 _GAIN = 0.95  # of the time in float32 and the contiguous format: what is not faster than this is not worth a change
@@ -48,20 +49,12 @@ def choices(options: RecoveryOptions, model: nn.Module, device: torch.device) ->
     """What the options leave open and the hardware and the model can do; the plainest first."""
     images = any(isinstance(m, nn.Conv2d | nn.ConvTranspose2d) for m in model.modules())
     single = all(p.dtype == torch.float32 for p in model.parameters())
-    able = single and built_for_bfloat16(device)
+    able = single and built_for_bfloat16(device.type)
     kinds = {"float32": [False], "bfloat16": [True], "auto": [False, True] if able else [False]}[options.precision]
     formats = {"contiguous": [False], "channels_last": [True], "auto": [False, True] if images else [False]}
     found = [Precision(half, last) for half in kinds for last in formats[options.memory_format]]
     # bfloat16 without channels-last converts layouts again and again: not worth timing where both are open
     return [p for p in found if p.channels_last or not p.bfloat16 or not images or len(found) < 4]
-
-
-def built_for_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 in hardware; elsewhere it is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(check()) for name in checks if (check := getattr(torch.cpu, name, None)) is not None)
 
 
 def by_hardware(options: RecoveryOptions, model: nn.Module, device: torch.device) -> Precision:

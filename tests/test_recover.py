@@ -433,7 +433,7 @@ def test_a_short_recovery_is_the_same_every_time_and_leaves_the_dense_model_alon
 
 
 def test_precision_is_what_is_faster_and_plain_where_nothing_gains(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rankopt.training_precision.built_for_bfloat16", lambda device: True)
+    monkeypatch.setattr("rankopt.training_precision.built_for_bfloat16", lambda kind: True)
     cpu, auto = torch.device("cpu"), RecoveryOptions()
     plain, last, half = Precision(), Precision(channels_last=True), Precision(True, True)
     assert choices(auto, net(), cpu) == [plain, last, half]
@@ -450,7 +450,7 @@ def test_precision_is_what_is_faster_and_plain_where_nothing_gains(monkeypatch: 
     assert set(timed) == {"float32", "float32, channels-last", "bfloat16, channels-last"}
     chosen, _ = by_timing(auto, net(), cpu, slow({plain: 0.02, last: 0.0198, half: 0.03}))
     assert chosen == plain
-    monkeypatch.setattr("rankopt.training_precision.built_for_bfloat16", lambda device: False)
+    monkeypatch.setattr("rankopt.training_precision.built_for_bfloat16", lambda kind: False)
     assert by_hardware(auto, net(), cpu) == last
 
 

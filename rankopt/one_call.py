@@ -47,6 +47,7 @@ def search(
     progress: Callable[[Progress], None] | None = None,
     samples: int | None = None,
     memory: int | None = None,
+    precision: str = "auto",
     allow: Sequence[str] = (),
     recovery: int | Mapping[str, Any] | None = None,
     train: Any = None,
@@ -81,6 +82,8 @@ def search(
         progress: called after every trial.
         samples: at most so many calibration samples.
         memory: bytes to work with besides the dense and a compressed model; see `Search`.
+        precision: how trials run the models: "auto", "float32" or "bfloat16", see `precision.chosen`; what is handed
+            over is measured in float32.
         allow: operations that no counter knows and that shall count as nothing; see `Search`.
         recovery: a short training in every trial: steps, or a mapping of `RecoveryOptions`.
         train: data for it, e.g. a DataLoader; the calibration data when None.
@@ -126,6 +129,7 @@ def search(
         trial_timeout=_seconds("trial_timeout", trial_timeout),
         name=name,
         memory=memory,
+        precision=precision,
         allow=allow,
         targets=[] if target in (None, "none") else [target] if isinstance(target, str | Target) else list(target),
         cache=cache,

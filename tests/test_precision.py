@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import rankopt
 from rankopt.batches import Batch
 from rankopt.divergence import Divergence
 from rankopt.errors import InputError
@@ -134,3 +135,13 @@ def test_what_comes_out_lost_is_judged_again(net: nn.Module, monkeypatch: pytest
 
     monkeypatch.setattr(evaluator, "quality", lost)
     assert evaluator(plan).measurements["kl"] == whole(evaluator.build(plan))["kl"]
+
+
+def test_one_call_takes_the_precision_of_trials(net: nn.Module) -> None:
+    x = torch.randn(32, 3, 8, 8)
+    kwargs: dict[str, Any] = {"calibration": x, "limits": ["macs<=60%"], "trials": 1}
+    with pytest.raises(InputError, match="precision: must be one of auto, float32, bfloat16, got 'half'"):
+        rankopt.search(net, x[:1], precision="half", **kwargs)
+    for wanted in ("float32", "bfloat16"):
+        (entry,) = rankopt.search(net, x[:1], precision=wanted, **kwargs).entries
+        assert entry._owner.evaluator.fast.bfloat16 == (wanted == "bfloat16")

@@ -532,6 +532,7 @@ def test_the_moving_average_is_handed_over() -> None:
 def test_evaluating_a_plan_can_include_a_short_recovery() -> None:
     x, y = data()
     kwargs: dict[str, Any] = {"calibration": (x, y), "trials": 2, "limits": ["macs<=60%"], "seed": 0}
+    kwargs["precision"] = "float32"  # in bfloat16 a trial's kl is only nearly that of what is handed over
     plain = rankopt.search(net(), x[:1], **kwargs)
     short = rankopt.search(net(), x[:1], recovery={"steps": 40, **CLOSER}, **kwargs)
     one, other = short.entries[0], plain.entries[0]

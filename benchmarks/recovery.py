@@ -176,8 +176,11 @@ def again(args: argparse.Namespace, file: StudyFile, steps: int, work: Path) -> 
     recovery = Recovery(file, steps, progress=told)
     found = recover_saved(recovery, args.model, work / "model", work / "checkpoints", force=True)
     kept = f"{100 * found['costs']['macs_kept']:.1f} % of the MACs"
-    lines = [HEAD, RULE, *rows("", found), "", f"Layers per method: {counted(work / 'model')}."]
-    return f"{NAMES[args.network]}: {kept}, fine-tuned again from {args.model}", lines
+    lines = [f"Begun from {args.model}.", "", HEAD, RULE, *rows("", found), ""]
+    return f"{NAMES[args.network]}: {kept}, fine-tuned again", [
+        *lines,
+        f"Layers per method: {counted(work / 'model')}.",
+    ]
 
 
 HEAD = "| | MACs kept | params kept | validation kl | validation accuracy | test accuracy | change |"

@@ -283,11 +283,10 @@ def naive(search: Search, plan: Any) -> float:
     start = time.perf_counter()
     model = copy.deepcopy(search.model)
     for name, choice in plan.changed().items():
-        parent = model.get_submodule(name.rpartition(".")[0])
         old = model.get_submodule(name)
-        setattr(
-            parent, name.rpartition(".")[2], (by_parafac if choice.method == "cp" else by_tucker)(old, choice.ranks)
-        )
+        if isinstance(old, nn.Conv2d):
+            way = by_parafac if choice.method == "cp" else by_tucker
+            model.set_submodule(name, way(old, choice.ranks))
     profile(copy.deepcopy(model), (search.example,), verbose=False)
     model.eval()
     with torch.no_grad():
@@ -297,8 +296,13 @@ def naive(search: Search, plan: Any) -> float:
     return time.perf_counter() - start
 
 
-def trial(runs: Runs, network: str, space: Any = SPACE) -> None:
+def trial(runs: Runs, network: str) -> None:
     """A trial of ours, with and without refit, beside the naive loop, which has none, on the same plans by turns."""
+    for space, name in ((SPACE, "three"), ("resnet", "all")):
+        _trial(runs, network, space, name)
+
+
+def _trial(runs: Runs, network: str, space: Any, name: str) -> None:
     search, _ = prepared(network, 1000, 256, space=space)
     plans = [search.space.solve(search.space.losses, b) for b in np.linspace(0.8, 0.2, 9)]
     evaluator = search.evaluator
@@ -323,7 +327,7 @@ def trial(runs: Runs, network: str, space: Any = SPACE) -> None:
     ratios = {"ratio": seconds["naive"] / seconds["ours"], "unfitted_ratio": seconds["naive"] / seconds["unfitted"]}
     medians = {name: float(np.median(v)) for name, v in (seconds | ratios).items()}
     runs.add(
-        part="trial", network=network, space="all" if space == "resnet" else "three", fast=str(evaluator.fast),
+        part="trial", network=network, space=name, fast=str(evaluator.fast),
         cp=int(np.median([plan.methods().get("cp", 0) for plan in plans])), **medians,
     )  # fmt: skip
     print(json.dumps(runs.lines[-1]))
@@ -496,12 +500,12 @@ def _trial_table(runs: Runs) -> Iterator[str]:
             f"| {what} | {line['naive']:.2f} | {line['ours']:.2f} | **{line['ratio']:.1f}** | {line['unfitted']:.2f}"
             f" | **{line['unfitted_ratio']:.1f}** |"
         )
-    for line in found[:1]:
-        yield from (
-            "",
-            f"Of the first row's trial with refit, building and refitting take {line['refit_s']:.2f} s, the",
-        )
-        yield f"quality {line['quality_s']:.2f} s ({line['fast']}). {line['machine']}"
+    first = found[0]
+    yield from (
+        "",
+        f"Of the first row's trial with refit, building and refitting take {first['refit_s']:.2f} s, the quality"
+        f" {first['quality_s']:.2f} s ({first['fast']}). {first['machine']}",
+    )
 
 
 def _plain_table(runs: Runs, network: str) -> Iterator[str]:
@@ -640,7 +644,7 @@ def main() -> None:
                                 options.seeds, options.trials or 200, runs, options.first),
         "accuracy": lambda: accuracy(options.network, options.limits, options.trials or 24, options.first, runs,
                                      options.only),
-        "trial": lambda: [trial(runs, options.network, space) for space in (SPACE, "resnet")],
+        "trial": lambda: trial(runs, options.network),
         "prefix": lambda: prefix(runs, options.network, options.trials or 100),
         "scale": lambda: scale(runs),
         "tables": lambda: None,

@@ -1,4 +1,4 @@
-"""`Precision`: how trials run models: float32 as it is, channels-last, or bfloat16 by autocast where that is faster.
+"""`Precision`: how models are run: float32 as it is, channels-last, or bfloat16 by autocast; `chosen`: how in trials.
 
 A trial asks how good a plan is, and that needs fewer digits than what is handed over. Where the processor multiplies
 bfloat16 natively a pass takes a fraction of the time, and the divergence comes out within about a percent. What a study
@@ -28,7 +28,7 @@ _SAMPLES = 128
 
 @dataclass(frozen=True)
 class Precision:
-    """How a model is run in a trial.
+    """How a model is run, in a trial or a training.
 
     Attributes:
         bfloat16: under autocast.
@@ -53,11 +53,19 @@ class Precision:
         """The same batches, images in the memory format."""
         if not self.channels_last:
             return list(batches)
-        return [Batch(mapped(b.args, _last), mapped(b.kwargs, _last), b.labels) for b in batches]
+        return [Batch(mapped(b.args, self.placed), mapped(b.kwargs, self.placed), b.labels) for b in batches]
+
+    def placed(self, tensor: Tensor) -> Tensor:
+        """An input in the memory format."""
+        images = self.channels_last and tensor.dim() == 4
+        return tensor.contiguous(memory_format=torch.channels_last) if images else tensor
 
     def module_(self, module: nn.Module) -> nn.Module:
         """Bring a module's weights into the memory format, in place."""
         return module.to(memory_format=torch.channels_last) if self.channels_last else module  # type: ignore[call-overload]
+
+    def __str__(self) -> str:
+        return ("bfloat16" if self.bfloat16 else "float32") + (", channels-last" if self.channels_last else "")
 
 
 EXACT = Precision()
@@ -120,7 +128,3 @@ def _output(precision: Precision, model: nn.Module, batch: Batch) -> Tensor:
 def _is_images(model: nn.Module, batch: Batch) -> bool:
     convolves = any(isinstance(m, nn.Conv2d) for m in model.modules())
     return convolves and any(t.dim() == 4 for t in tensors((batch.args, batch.kwargs)))
-
-
-def _last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor

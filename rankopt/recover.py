@@ -29,12 +29,13 @@ from rankopt.layers import call_model, inference
 from rankopt.nest import mapped
 from rankopt.optimization import MovingAverage, Steps, put, tensors_of
 from rankopt.plan import Plan
+from rankopt.precision import Precision
 from rankopt.randomness import Randomness
 from rankopt.recovery_options import RecoveryOptions
 from rankopt.result import Progress
 from rankopt.training_data import TrainingData
 from rankopt.training_loss import TrainingLoss, watched_layers
-from rankopt.training_precision import Precision, by_hardware, by_timing
+from rankopt.training_precision import by_hardware, by_timing
 from rankopt.training_state import TrainingState, begun_with, difference
 from rankopt.yaml_file import parse
 
@@ -191,7 +192,7 @@ class _Run:
                     )
             else:
                 self.precision = by_hardware(self.options, model, self.device)
-            self.precision.laid_out(model)
+            self.precision.module_(model)
             self._keep()
             return
         tensors, facts = stored
@@ -203,7 +204,7 @@ class _Run:
             )
         self.precision, self.timed = Precision(*facts["precision"]), dict(facts["timed"])
         self.start -= float(facts.get("seconds", 0.0))
-        self.precision.laid_out(model)
+        self.precision.module_(model)
         self.state.restore(tensors, facts)
         self._kept = stored
 
@@ -248,7 +249,7 @@ class _Run:
         args, kwargs = mapped((batch.args, batch.kwargs), precision.placed)
         model.train()
         model.zero_grad(set_to_none=True)
-        with precision.autocast(self.device):
+        with precision.on(self.device.type):
             loss = self.loss(model, Batch(args, kwargs, batch.labels))
         value = float(loss.detach())
         if math.isfinite(value):

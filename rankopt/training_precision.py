@@ -5,44 +5,16 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from rankopt.precision import built_for_bfloat16
+from rankopt.precision import Precision, built_for_bfloat16
 from rankopt.recovery_options import RecoveryOptions
 
 _GAIN = 0.95  # of the time in float32 and the contiguous format: what is not faster than this is not worth a change
 _ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class Precision:
-    """bfloat16 autocast or not, channels-last or not."""
-
-    bfloat16: bool = False
-    channels_last: bool = False
-
-    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Inside, matrix products and convolutions run in bfloat16, if that was chosen."""
-        return torch.autocast(device.type, torch.bfloat16) if self.bfloat16 else nullcontext()
-
-    def laid_out(self, model: nn.Module) -> nn.Module:
-        """Bring a model's weights into the memory format, in place."""
-        if self.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return model
-
-    def placed(self, tensor: Tensor) -> Tensor:
-        """An input in the memory format."""
-        images = self.channels_last and tensor.dim() == 4
-        return tensor.contiguous(memory_format=torch.channels_last) if images else tensor
-
-    def __str__(self) -> str:
-        return ("bfloat16" if self.bfloat16 else "float32") + (", channels-last" if self.channels_last else "")
 
 
 def choices(options: RecoveryOptions, model: nn.Module, device: torch.device) -> list[Precision]:
@@ -74,7 +46,7 @@ def by_timing(
     offered = choices(options, model, device)
     if len(offered) == 1:
         return offered[0], {}
-    copies = {choice: choice.laid_out(copy.deepcopy(model)) for choice in offered}
+    copies = {choice: choice.module_(copy.deepcopy(model)) for choice in offered}
     best = dict.fromkeys(offered, float("inf"))
     for number in range(1 + _ROUNDS):
         for choice, other in copies.items():

@@ -26,11 +26,12 @@ from rankopt.divergence import Divergence
 from rankopt.errors import ArtifactError, DataError, InputError, StudyMismatchError, TrainingError
 from rankopt.optimization import rate, tensors_of
 from rankopt.plan import LayerChoice, Plan
+from rankopt.precision import Precision
 from rankopt.recover import recover
 from rankopt.recovery_options import RecoveryOptions
 from rankopt.short_recovery import ShortRecovery
 from rankopt.surgery import apply
-from rankopt.training_precision import Precision, by_hardware, by_timing, choices
+from rankopt.training_precision import by_hardware, by_timing, choices
 
 PLAIN: dict[str, Any] = {"precision": "float32", "memory_format": "contiguous", "device": "cpu"}
 CLOSER: dict[str, Any] = {"distill": 1.0, "temperature": 1.0, "lr": 0.01, "batch": 32, **PLAIN}

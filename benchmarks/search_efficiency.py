@@ -298,11 +298,11 @@ def naive(search: Search, plan: Any) -> float:
 
 def trial(runs: Runs, network: str) -> None:
     """A trial of ours, with and without refit, beside the naive loop, which has none, on the same plans by turns."""
-    for space, name in ((SPACE, "three"), ("resnet", "all")):
-        _trial(runs, network, space, name)
+    for space, kind in ((SPACE, "three"), ("resnet", "all")):
+        _trial(runs, network, space, kind)
 
 
-def _trial(runs: Runs, network: str, space: Any, name: str) -> None:
+def _trial(runs: Runs, network: str, space: Any, kind: str) -> None:
     search, _ = prepared(network, 1000, 256, space=space)
     plans = [search.space.solve(search.space.losses, b) for b in np.linspace(0.8, 0.2, 9)]
     evaluator = search.evaluator
@@ -327,7 +327,7 @@ def _trial(runs: Runs, network: str, space: Any, name: str) -> None:
     ratios = {"ratio": seconds["naive"] / seconds["ours"], "unfitted_ratio": seconds["naive"] / seconds["unfitted"]}
     medians = {name: float(np.median(v)) for name, v in (seconds | ratios).items()}
     runs.add(
-        part="trial", network=network, space=name, fast=str(evaluator.fast),
+        part="trial", network=network, space=kind, fast=str(evaluator.fast),
         cp=int(np.median([plan.methods().get("cp", 0) for plan in plans])), **medians,
     )  # fmt: skip
     print(json.dumps(runs.lines[-1]))

@@ -24,6 +24,8 @@ MEMORY = "peak_memory_mib"
 _BYTES = 4 / 2**20  # MiB of a weight
 _NEAR = 0.10  # how near to a bound measured plans have to be to say how far predictions are off there
 _NEIGHBOURS = 5
+_CLOSE = 0.02  # a plan that keeps its limit by less is measured until it breaks it, or in so many sessions
+_SESSIONS = 3
 _STEP = 0.01
 
 
@@ -163,18 +165,14 @@ class Devices:
             module: the built plan, which is measured anew even if the plan was before (None: its structure).
             limits: where one of them is on a time (not on a share of dense), the time is given as it was measured now,
                 and not at the pace of dense that the study began with; the longer of both where there are limits of
-                both kinds.
+                both kinds. A module that keeps one of them by less than 2 % is measured twice more, and the slowest
+                of the three counts: one session of a runtime differs from the next by about 1 %, and the plans just
+                within a limit are those that a fast one put there.
         """
         values: dict[str, float] = {}
         for latency in self.latencies:
-            (found,) = latency.measure([plan], [module])
-            self._say(f"a plan on {latency.label}", found)
-            values |= latency.values(found)
-            for quantity, now in (("latency", found.value), ("latency_p95", found.p95)):
-                own = {li.relative for li in limits if li.quantity == quantity and self._is_on(li, latency)}
-                key = f"{measured_key(quantity)}@{latency.label}"
-                if module is not None and None in own:
-                    values[key] = max(now, values[key]) if "dense" in own else now
+            own = [li for li in limits if li.quantity.startswith("latency") and self.named(li.target, li) is latency]
+            values |= self._measured(latency, plan, module, own)
         if self.memory and self.latencies:
             found = self.latencies[0].peak_memory(plan, module)
             self._say("a plan's memory", found)
@@ -270,8 +268,36 @@ class Devices:
         # in steps, so that the noise of measuring moves the bound, and with it all plans, only where it has to
         return round(float(np.median(nearest)) / _STEP) * _STEP if nearest else 1.0
 
-    def _is_on(self, limit: Limit, latency: PlanLatency) -> bool:
-        return limit.quantity.startswith("latency") and self.named(limit.target, limit) is latency
+    def _measured(
+        self, latency: PlanLatency, plan: Plan, module: nn.Module | None, limits: Sequence[Limit]
+    ) -> dict[str, float]:
+        (found,) = latency.measure([plan], [module])
+        values = self._recorded(latency, found, module, limits)
+        if module is None or not limits:
+            return values
+
+        def violation(values: dict[str, float]) -> float:
+            return max(limit.violation(self._aliased(values), self.dense) for limit in limits)
+
+        for _ in range(_SESSIONS - 1):
+            if not -_CLOSE < violation(values) <= 0:
+                break
+            (found,) = latency.measure_again([plan], [module])
+            values = max(values, self._recorded(latency, found, module, limits), key=violation)
+        return values
+
+    def _recorded(
+        self, latency: PlanLatency, found: Measurement, module: nn.Module | None, limits: Sequence[Limit]
+    ) -> dict[str, float]:
+        """A measurement as a study records it, see `measured`."""
+        self._say(f"a plan on {latency.label}", found)
+        values = latency.values(found)
+        for quantity, now in (("latency", found.value), ("latency_p95", found.p95)):
+            own = {li.relative for li in limits if li.quantity == quantity}
+            key = f"{measured_key(quantity)}@{latency.label}"
+            if module is not None and None in own:
+                values[key] = max(now, values[key]) if "dense" in own else now
+        return values
 
     def _aliased(self, values: dict[str, float]) -> dict[str, float]:
         """The first target's values also without its label."""

@@ -19,7 +19,7 @@ from rankopt.plan import Plan
 from rankopt.result import Entry
 from rankopt.sampling import SAMPLERS, Told
 from rankopt.strategies import STRATEGIES, strategy
-from rankopt.strategies.solved import Solved
+from rankopt.strategies.solved import Solved, spread
 from rankopt.strategies.strategy import Exhausted, Line, Proposal, Setting, Standing, Strategy
 from rankopt.study_file import SAMPLER_NAMES, STRATEGY_NAMES
 
@@ -128,18 +128,30 @@ def test_solved_plans_come_first(name: str) -> None:
     assert len(set(solved)) == 10
 
 
-def test_every_beginning_of_the_solved_plans_is_spread_over_the_range() -> None:
-    solved = Solved(setting({}, 36))
+@pytest.mark.parametrize("limit", [None, 0.7])
+def test_every_beginning_of_the_solved_plans_is_spread_over_the_range(limit: float | None) -> None:
+    solved = Solved(setting({} if limit is None else {"macs": limit}, 36))
     budgets = [solved.budget(n) for n in range(12)]
     space = solved.space
-    assert sorted(budgets) == pytest.approx(np.linspace(space.lowest, space.highest, 12))
-    assert budgets[:2] == pytest.approx([space.highest, space.lowest])
-    for count in range(3, 12):
-        gaps = np.diff(sorted(budgets[:count]))
-        assert gaps.max() <= 0.75 * (space.highest - space.lowest)
+    assert sorted(budgets) == pytest.approx(np.linspace(space.lowest, space.top, 12))
+    assert budgets.index(max(budgets)) == (11 if limit is None else 0)  # without a limit it is dense
+    assert budgets.index(min(budgets)) == (10 if limit is None else 11)
+    for count in range(1, 12):
+        inside = count - (limit is not None)  # places between the ends
+        gaps = np.diff(sorted([space.lowest, *budgets[:count], space.top]))
+        assert gaps.max() <= (1.0 if inside == 0 else 0.6 if inside < 3 else 0.3) * (space.top - space.lowest)
     later = [solved.budget(n) for n in range(12, 40)]
     assert len({round(b, 9) for b in later}) == 28
-    assert Solved(setting({}, 3)).budget(0) == space.highest
+
+
+def test_the_order_takes_the_place_that_is_farthest_from_all_before() -> None:
+    assert [spread(n) for n in (1, 2, 3, 4, 5)] == [[0], [1], [1, 2], [2, 1, 3], [2, 3, 1, 4]]
+    for count in (2, 7, 12, 33):
+        order = spread(count)
+        assert sorted(order) == list(range(1, count))
+        for n in range(1, len(order) - 1):
+            far = [min(abs(place - t) for t in (0, count - 1, *order[:n])) for place in (order[n], *order[n + 1 : -1])]
+            assert far[0] == max(far)
 
 
 @pytest.mark.parametrize("name", ["mixed", "correct", "fit"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import ClassVar
+
+import numpy as np
 
 from rankopt.plan import Plan
 from rankopt.strategies.strategy import Exhausted, Proposal, Standing, Strategy
@@ -11,8 +14,8 @@ _TRIES = 64
 
 
 class Solved(Strategy):
-    """The first `Setting.first` budgets lie evenly between the highest and the lowest, ends first and then the middles;
-    those after them halve the gaps (the sequence of van der Corput)."""
+    """The first `Setting.first` budgets lie evenly between the highest and the lowest, in an order in which every
+    beginning is spread over the range; those after them halve the gaps (the sequence of van der Corput)."""
 
     name: ClassVar[str] = "solved"
 
@@ -32,16 +35,29 @@ class Solved(Strategy):
     def budget(self, number: int) -> float:
         """The share of the dense cost that trial `number` may take."""
         space, first = self.space, self.setting.first
-        part = _ends_first(number, first) if number < first else _van_der_corput(number - first + 1)
+        part = self._places[number] / max(first - 1, 1) if number < first else _van_der_corput(number - first + 1)
         return space.top - part * (space.top - space.lowest)
 
+    @cached_property
+    def _places(self) -> list[int]:
+        """The order of the first budgets, 0 the highest. Under a limit that one is the answer, and the first; without
+        any it is dense, of which all is known, and the last."""
+        *between, lowest = spread(self.setting.first)
+        limited = bool(self.space.solve(self.space.losses, self.space.top).changed())
+        return [0, *between, lowest][: self.setting.first] if limited else [*between, lowest, 0][: self.setting.first]
 
-def _ends_first(number: int, count: int) -> float:
-    """Positions 0, 1/(count−1), …, 1 in an order in which every beginning is spread over the range."""
-    if count == 1:
-        return 0.0
-    order = sorted(range(1, count - 1), key=_van_der_corput)
-    return [0, count - 1, *order][number] / (count - 1)
+
+def spread(count: int) -> list[int]:
+    """1, …, count − 1, always the one that is farthest from those before it and from both ends, and the last one last;
+    of equal ones the larger: ``[2, 1, 3]`` for 4."""
+    last = count - 1
+    places = np.arange(count)
+    distance = np.minimum(places, last - places)
+    order: list[int] = []
+    while distance.any():
+        order.append(last - int(np.argmax(distance[::-1])))
+        distance = np.minimum(distance, abs(places - order[-1]))
+    return [*order, last]
 
 
 def _van_der_corput(number: int) -> float:

@@ -43,6 +43,7 @@ from rankopt.limits import parse_limit
 from rankopt.refit import RefitOptions
 from rankopt.running import setting_of
 from rankopt.search import Search
+from rankopt.strategies import DEFAULT
 
 RUNS = ROOT / "studies" / "records" / "search_runs.jsonl"
 RECORD = ROOT / "studies" / "records" / "search_efficiency.md"
@@ -53,7 +54,8 @@ SPACE = {
 }
 SAMPLERS = ("tpe", "nsga2", "random")
 MOVES = ("solved", "mixed", "correct", "fit", "local", "relinearize", "free")
-BASELINES = ("uniform", "energy", "vbmf", "greedy", "solved", "plain")
+_ALL = ", all methods"
+WAYS = ("uniform", "energy", "vbmf", "greedy", "solved", "plain", "mixed", "correct", f"mixed{_ALL}", f"correct{_ALL}")
 IDEAL = 3.0  # the hypervolume of a plan that costs and loses nothing: 3 nats times all MACs
 _TRIALS = {"plain": 60, "uniform": 9, "energy": 9, "vbmf": 9, "solved": 12}  # else as asked
 _REACHED_BY = 16  # trials; ten are asked for
@@ -167,10 +169,7 @@ def accuracy(
     test = list(zip(*(t.split(125) for t in cifar10.images("test")), strict=True))
     dense = tested(getattr(cifar10, network)().eval(), test)
     for refit in (True, False):
-        ways = [*BASELINES, "mixed"]
-        if refit:
-            ways.append("mixed, all methods")
-        ways = [way for way in ways if only is None or way in only]
+        ways = [way for way in WAYS if (refit or not way.endswith(_ALL)) and (only is None or way in only)]
         todo = [
             (limit, way) for limit in limits for way in ways
             if not runs.find(part="accuracy", network=network, strategy=way, refit=refit, limit=limit, seed=seed)
@@ -178,7 +177,7 @@ def accuracy(
         memo: dict[str, Evaluation] = {}
         for space in (SPACE, "resnet"):
             samples = 1000 if space == "resnet" else 500
-            own = [(li, way) for li, way in todo if (space == "resnet") == way.endswith("all methods")]
+            own = [(li, way) for li, way in todo if (space == "resnet") == way.endswith(_ALL)]
             if not own:
                 continue
             search, seconds = prepared(
@@ -402,7 +401,7 @@ def scale(runs: Runs) -> None:
             opened = ledger.open_study(ledger.open_storage(url), "s", ("kl", "macs"), {}, dense, [])
             times: list[tuple[float, float]] = []
             setting = Setting(space, ("kl", "macs"), [], dense, 1050, 0)
-            loop = Loop(opened, setting, "mixed")
+            loop = Loop(opened, setting, DEFAULT)
             while loop.done < 1050:
                 start = np.array(_now())
                 asked = loop.ask()
@@ -595,7 +594,7 @@ def _accuracy_table(runs: Runs, network: str) -> Iterator[str]:
         f"| strategy | refit | {' | '.join(f'{li:g} %' for li in limits)} |",
         "|---|---|" + "---|" * len(limits),
     )
-    for way in [*BASELINES, "mixed", "mixed, all methods"]:
+    for way in WAYS:
         for refit in (False, True):
             own = {r["limit"]: r for r in found if r["strategy"] == way and r["refit"] == refit}
             if own:

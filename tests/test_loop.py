@@ -331,7 +331,7 @@ def test_a_process_that_measures_and_is_killed_is_tried_again() -> None:
             raise KilledError("no memory")
         return measure(plan, limits)
 
-    loop = loop_on(trials=5)
+    loop = loop_on(trials=5, by="solved")
     Local().run(loop, evaluate, lambda: None)
     assert list(calls.values()) == [1, 2, 1, 3, 1]
     trials = loop.study.get_trials()

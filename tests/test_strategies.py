@@ -18,7 +18,7 @@ from rankopt.plan import DENSE as DENSE_CHOICE
 from rankopt.plan import Plan
 from rankopt.result import Entry
 from rankopt.sampling import SAMPLERS, Told
-from rankopt.strategies import STRATEGIES, strategy
+from rankopt.strategies import DEFAULT, STRATEGIES, strategy
 from rankopt.strategies.solved import Solved, spread
 from rankopt.strategies.strategy import Exhausted, Line, Proposal, Setting, Standing, Strategy
 from rankopt.study_file import SAMPLER_NAMES, STRATEGY_NAMES
@@ -162,7 +162,7 @@ def test_measuring_beats_solving_alone(name: str) -> None:
 
 
 def test_searching_beats_plain_optuna() -> None:
-    ours = Run("mixed", setting({}, 40)).go(40).volume
+    ours = Run(DEFAULT, setting({}, 40)).go(40).volume
     assert ours > max(Run("plain", setting({}, 40, sampler=s)).go(40).volume for s in ("tpe", "nsga2", "random"))
 
 
@@ -292,7 +292,7 @@ def _odd() -> Any:
 def test_names_of_study_files_are_those_of_the_tables() -> None:
     assert set(STRATEGY_NAMES) == {"auto", *STRATEGIES}
     assert set(SAMPLER_NAMES) == {"auto", *SAMPLERS}
-    assert strategy("auto") is STRATEGIES["mixed"]
+    assert strategy("auto") is STRATEGIES["correct"]
     with pytest.raises(InputError, match=r"strategy: must be auto, mixed, .*, got 'best'"):
         strategy("best")
 

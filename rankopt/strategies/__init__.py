@@ -19,7 +19,7 @@ from rankopt.strategies.vbmf import Vbmf
 STRATEGIES: dict[str, type[Strategy]] = {
     s.name: s for s in (Mixed, Correct, Fit, Local, Relinearize, Free, Plain, Solved, Uniform, Energy, Vbmf, Greedy)
 }
-DEFAULT = Mixed.name
+DEFAULT = Correct.name
 
 
 def strategy(name: str) -> type[Strategy]:

@@ -1,4 +1,4 @@
-"""`correct`: Optuna proposes a budget and corrections of the predicted losses, the integer program solves for the plan.
+"""`correct`, the default: Optuna proposes how to correct the predicted losses, the integer program makes a plan of it.
 
 About ten numbers whatever the network's depth: a budget, an exponent, and a logarithmic factor a stage, a role (layers
 of the same name in different blocks) and a method.

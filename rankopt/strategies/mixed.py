@@ -1,4 +1,4 @@
-"""`mixed`: the default. Several ways to move take turns, since each finds what the others do not.
+"""`mixed`: several ways to move take turns, since each finds what the others do not.
 
 Solved plans first. Then Optuna's corrections of the prediction, by turns wherever its sampler likes and where the front
 has the widest gap (or at the limit); the plan that the fitted corrections make of such a gap; and a small step from the

@@ -2,15 +2,18 @@
 
 About ten numbers whatever the network's depth: a budget, an exponent, and a logarithmic factor a stage, a role (layers
 of the same name in different blocks) and a method.
-Every other trial is asked for right at the limit, since that is where the answer lies.
+Every other trial is asked for right at the limit, since that is where the answer lies. Where the corrections mean a
+plan that is known, which in small spaces they often do, `fit` chooses another one.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from rankopt.sampling import Number, Sampling, Told
 from rankopt.strategies.budgets import focus, tightened
+from rankopt.strategies.fit import Fit
 from rankopt.strategies.solved import Solved
 from rankopt.strategies.strategy import Proposal, Setting, Standing, Strategy
 
@@ -22,7 +25,7 @@ class Correct(Strategy):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self.solved = Solved(setting)
+        self.solved, self.otherwise = Solved(setting), Fit(setting)
         ranges = self.space.parameters()
         self.sampling = Sampling(setting.sampler, ranges, len(setting.objectives), setting.trials, setting.seed)
         self._numbers: dict[str, dict[str, Number]] = {}
@@ -42,13 +45,19 @@ class Correct(Strategy):
             given = asked or {}
         numbers, marks = self.sampling.ask(number, given)
         values = {name: float(value) for name, value in numbers.items()}
-        return Proposal(self.space.plan_of(values), self.name, numbers, marks)
+        plan = self.space.plan_of(values)
+        if plan.digest not in standing.known:
+            return Proposal(plan, self.name, numbers, marks)
+        other = self.otherwise.propose(standing)  # the numbers stay with it: a study that is resumed has to know them
+        return Proposal(other.plan, other.by, numbers, marks)
 
     def told(self, proposal: Proposal, outcome: Told) -> None:
         """Let the sampler learn from trials that were asked for in its numbers."""
         if proposal.numbers and set(proposal.numbers) == set(self.sampling.ranges):
-            self._numbers[proposal.plan.digest] = dict(proposal.numbers)
-            self.sampling.tell(outcome)
+            own = proposal.by == self.name  # else the numbers meant another plan than this one
+            if own:
+                self._numbers[proposal.plan.digest] = dict(proposal.numbers)
+            self.sampling.tell(outcome if own else replace(outcome, values=None))
 
     def neutral(self, budget: float) -> dict[str, Number]:
         """A budget, and no correction."""

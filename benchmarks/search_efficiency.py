@@ -78,6 +78,7 @@ def prepared(network: str, validation: int = 500, refit: int | None = 256, **opt
         space=options.pop("space", SPACE),
         refit=None if refit is None else RefitOptions(),
         refit_samples=refit,
+        memory=3 * 2**30,  # all statistics of ResNet-56 in one pass
         **options,
     )
     start = time.perf_counter()

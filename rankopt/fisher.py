@@ -72,11 +72,11 @@ class FisherSamples(GradientSamples):
             step = max(1, _CHUNK_BYTES // (4 * entries * draws))
             for start in range(0, n, step):
                 part = slice(start, start + step)
-                yield weight_gradients(self.layer, x[part], g[:, part]).flatten(0, 1)
+                yield weight_gradients(self.layer, x[part], g[:, part]).flatten(2).flatten(0, 1)
 
 
 def weight_gradients(layer: LayerSpec, x: Tensor, gradient: Tensor) -> Tensor:
-    """Per-sample gradients of the weight, (draws, n, weight entries), in float32.
+    """Per-sample gradients of the weight, (draws, n, groups, out/groups, in/groups·kernel), in float32.
 
     Args:
         layer: the layer.
@@ -86,8 +86,7 @@ def weight_gradients(layer: LayerSpec, x: Tensor, gradient: Tensor) -> Tensor:
     draws, n = gradient.shape[:2]
     rows = by_position(layer, x.float(), patches)  # n p g i
     outer = by_position(layer, gradient.float().flatten(0, 1), output_rows).unflatten(0, (draws, n))  # d n p g o
-    product = torch.einsum("dnpgo,npgi->dngoi", outer, rows)
-    return product.flatten(2)
+    return torch.einsum("dnpgo,npgi->dngoi", outer, rows)
 
 
 def by_position(layer: LayerSpec, value: Tensor, rows: Callable[[LayerSpec, Tensor], Tensor]) -> Tensor:

@@ -27,6 +27,7 @@ from rankopt.patches import output_rows, patches
 from rankopt.token_statistics import TokenPiece, TokenSamples
 
 _LEAST_ROWS = 2**13
+_LEAST_BLOCK = 64
 
 
 def gatherer(layer: LayerSpec, options: CalibrationOptions, samples: int) -> Gatherer:
@@ -50,7 +51,8 @@ class WeightGatherer(Gatherer):
         self.out_moment = torch.zeros(g, o, o, dtype=torch.float64 if o <= 1024 else torch.float32)
         self.rows = self.out_rows = 0
         self.shapes: list[tuple[int, ...]] = []
-        self.gradients: list[Tensor] = []
+        self.gradients = torch.empty(0, self.entries)  # room for all, of which `filled` rows are there
+        self.filled = 0
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
     def alone(self, role: str, x: Tensor) -> None:
@@ -68,7 +70,7 @@ class WeightGatherer(Gatherer):
             positions = math.prod(out_size(layer, x)) if layer.dims else x[0].numel() // layer.in_channels
             rows = patches(layer, x.float(), self._subset(positions)).flatten(0, 1)
         if len(rows):
-            self.moment += torch.einsum("pgi,pgj->gij", rows, rows).to(self.moment)
+            _add_products(self.moment, rows)
             self.rows += len(rows)
 
     def _subset(self, positions: int) -> Tensor:
@@ -103,7 +105,7 @@ class WeightGatherer(Gatherer):
             pairs.append((first, torch.stack(others)))
         for _, g in pairs:
             rows = by_position(self.layer, g.flatten(0, 1).float(), output_rows).flatten(0, 1)
-            self.out_moment += torch.einsum("pgo,pgq->goq", rows, rows).to(self.out_moment)
+            _add_products(self.out_moment, rows)
             self.out_rows += len(rows)
         draws = pairs[0][1].shape[0]
         dense = 4 * self.entries * draws
@@ -116,16 +118,38 @@ class WeightGatherer(Gatherer):
             x, g = pairs[0]
             self.pairs.append((x[:take].clone(), g[:, :take].clone()))
         else:
+            if not self.filled:
+                most = min(self.total, self.options.fisher_samples + self.options.piece)
+                room = max(take, min(most, self.options.layer_bytes // dense))
+                self.gradients = torch.empty(draws * room, self.entries)
+            rows = self.gradients[self.filled : self.filled + draws * take]
             total: Any = sum(weight_gradients(self.layer, x[:take], g[:, :take]) for x, g in pairs)
-            self.gradients.append(total.flatten(0, 1))
+            rows.view(total.shape).copy_(total)
+            self.filled += len(rows)
 
     def finish(self) -> LayerStatistics:
         """Means of the sums."""
-        moment = self.moment / max(self.rows, 1)
-        gradient = self.out_moment / max(self.out_rows, 1) if self.out_rows else None
+        moment = _mirrored(self.moment) / max(self.rows, 1)
+        gradient = _mirrored(self.out_moment) / max(self.out_rows, 1) if self.out_rows else None
         metric = Metric(patch=moment, gradient=gradient) if self.full else Metric(channel=moment, gradient=gradient)
-        gradients = torch.cat(self.gradients) if self.gradients else None
+        gradients = self.gradients[: self.filled] if self.filled else None
         return LayerStatistics(metric, FisherSamples(self.layer, gradients, tuple(self.pairs)))
+
+
+def _add_products(total: Tensor, rows: Tensor) -> None:
+    """Add the products of all pairs of columns of rows (p, groups, n) to (groups, n, n), those below the diagonal only
+    as far as it costs nothing: four blocks of columns take five eighths of the work."""
+    rows = rows.movedim(0, 1)
+    n = rows.shape[-1]
+    step = max(_LEAST_BLOCK, -(-n // 4))
+    for start in range(0, n, step):
+        block = slice(start, start + step)
+        total[:, block, start:] += (rows[..., block].mT @ rows[..., start:]).to(total)
+
+
+def _mirrored(total: Tensor) -> Tensor:
+    """The whole of a symmetric matrix of which the upper half is there."""
+    return total.triu() + total.triu(1).mT
 
 
 class TokenGatherer(Gatherer):

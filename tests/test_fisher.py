@@ -38,7 +38,7 @@ def check(geometry: Geometry) -> None:
     layer = specify(module, x)
     gradient = torch.randn(2, *module(x).shape).double()
     expected = by_autograd(module, layer, x, gradient)
-    found = weight_gradients(layer, x, gradient)
+    found = weight_gradients(layer, x, gradient).flatten(2)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4 * max(1, float(expected.abs().max())))
 
@@ -72,7 +72,7 @@ def test_pairs_say_what_gradients_say(samples: int, draws: int, changes: int, ro
     module = nn.Conv1d(4, 6, 3, groups=2)
     x, g = torch.randn(samples, 4, 9), torch.randn(draws, samples, 6, 7)
     layer = specify(module, x)
-    whole = FisherSamples(layer, weight_gradients(layer, x, g).flatten(0, 1))
+    whole = FisherSamples(layer, weight_gradients(layer, x, g).flatten(2).flatten(0, 1))
     halves = FisherSamples(
         layer, None, [(x[: samples // 2], g[:, : samples // 2]), (x[samples // 2 :], g[:, samples // 2 :])]
     )

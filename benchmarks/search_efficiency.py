@@ -659,7 +659,8 @@ def main() -> None:
             "Made by the parts of benchmarks/search_efficiency.py (its first lines name the commands), every run of",
             "which is a line of [search_runs.jsonl](search_runs.jsonl) with its commit and machine. CIFAR-10; kl on",
             "500 of the training images, refit on 256 (for test accuracy on 512; of all methods: on 1,000 and 1,012);",
-            "hypervolume below 3 nats and all MACs. The machine was busy with other work, so seconds say little.",
+            "hypervolume below 3 nats and all MACs. Other work ran on the second core, at times on both: seconds are",
+            "to be compared only in the tables of what was run in turns.",
             "Runs before 4a9c72f drew all labels of the Fisher losses alike; later plans lose a little less.",
         ]
         write_record([*head, *tables(runs)], RECORD if options.record else None)

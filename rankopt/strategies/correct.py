@@ -15,7 +15,7 @@ from rankopt.sampling import Number, Sampling, Told
 from rankopt.strategies.budgets import focus, tightened
 from rankopt.strategies.fit import Fit
 from rankopt.strategies.solved import Solved
-from rankopt.strategies.strategy import Proposal, Setting, Standing, Strategy
+from rankopt.strategies.strategy import Exhausted, Proposal, Setting, Standing, Strategy
 
 
 class Correct(Strategy):
@@ -48,8 +48,11 @@ class Correct(Strategy):
         plan = self.space.plan_of(values)
         if plan.digest not in standing.known:
             return Proposal(plan, self.name, numbers, marks)
-        other = self.otherwise.propose(standing)  # the numbers stay with it: a study that is resumed has to know them
-        return Proposal(other.plan, other.by, numbers, marks)
+        try:
+            other = self.otherwise.propose(standing)
+        except Exhausted:  # a known plan costs nothing, and later corrections may find one that is not
+            return Proposal(plan, self.name, numbers, marks)
+        return Proposal(other.plan, other.by, numbers, marks)  # a study that is resumed has to know the numbers
 
     def told(self, proposal: Proposal, outcome: Told) -> None:
         """Let the sampler learn from trials that were asked for in its numbers."""

@@ -569,8 +569,8 @@ def _moves_table(runs: Runs, network: str) -> Iterator[str]:
     )
     yield from (
         "",
-        "| strategy | seeds | 50 trials | 100 | 200 | closed | seconds a trial |",
-        "|---|---|---|---|---|---|---|",
+        "| strategy | seeds | 50 trials | 100 | 200 | closed |",
+        "|---|---|---|---|---|---|",
     )
     for strategy in MOVES:
         own = [r for r in found if r["strategy"] == strategy]
@@ -578,8 +578,7 @@ def _moves_table(runs: Runs, network: str) -> Iterator[str]:
             continue
         cells = [_range(np.array([_at(r, n) for r in own]), 4) for n in (50, 100, 200)]
         closed = np.array([100 * (_at(r, 200) - start) / (IDEAL - start) for r in own])
-        pace = np.array([r["course"][-1][1] / r["course"][-1][0] for r in own])
-        yield f"| {strategy} | {len(own)} | {' | '.join(cells)} | {_range(closed, 1)} % | {np.median(pace):.2f} |"
+        yield f"| {strategy} | {len(own)} | {' | '.join(cells)} | {_range(closed, 1)} % |"
 
 
 def _accuracy_table(runs: Runs, network: str) -> Iterator[str]:
@@ -659,8 +658,8 @@ def main() -> None:
             "Made by the parts of benchmarks/search_efficiency.py (its first lines name the commands), every run of",
             "which is a line of [search_runs.jsonl](search_runs.jsonl) with its commit and machine. CIFAR-10; kl on",
             "500 of the training images, refit on 256 (for test accuracy on 512; of all methods: on 1,000 and 1,012);",
-            "hypervolume below 3 nats and all MACs. Other work ran on the second core, at times on both: seconds are",
-            "to be compared only in the tables of what was run in turns.",
+            "hypervolume below 3 nats and all MACs; `memory` 3 GiB. Other work ran on the second core, so there are",
+            "seconds only where things were run in turns.",
             "Runs before 4a9c72f drew all labels of the Fisher losses alike; later plans lose a little less.",
         ]
         write_record([*head, *tables(runs)], RECORD if options.record else None)

@@ -14,7 +14,6 @@ from typing import ClassVar
 from rankopt.sampling import Number, Sampling, Told
 from rankopt.strategies.budgets import focus, tightened
 from rankopt.strategies.fit import Fit
-from rankopt.strategies.solved import Solved
 from rankopt.strategies.strategy import Exhausted, Proposal, Setting, Standing, Strategy
 
 
@@ -25,7 +24,8 @@ class Correct(Strategy):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self.solved, self.otherwise = Solved(setting), Fit(setting)
+        self.otherwise = Fit(setting)
+        self.solved = self.otherwise.solved
         ranges = self.space.parameters()
         self.sampling = Sampling(setting.sampler, ranges, len(setting.objectives), setting.trials, setting.seed)
         self._numbers: dict[str, dict[str, Number]] = {}
